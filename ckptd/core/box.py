@@ -1,0 +1,86 @@
+"""Boxes: rectangular parts of logical tensors, and the rule that cuts them into chunks.
+
+Pure functions on tuples of ints (elements, not bytes). The chunking rule is part of the format (docs/format.md).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+CHUNK_BYTES = 16 * 1024 * 1024
+"""A chunk holds at most this many raw bytes."""
+
+
+class Box(NamedTuple):
+    """A rectangle inside a tensor: `offsets` of its first element and its `sizes`, one of each per dimension."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """The box that covers a tensor of `shape`."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def elements(self) -> int:
+        """How many elements it holds; 1 for a zero-dimensional tensor."""
+        return math.prod(self.sizes)
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common part, or None where they share no element."""
+        low = tuple(max(p, q) for p, q in zip(self.offsets, other.offsets, strict=True))
+        high = tuple(
+            min(p + s, q + t)
+            for p, s, q, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        )
+        sizes = tuple(h - lo for lo, h in zip(low, high, strict=True))
+        return Box(low, sizes) if all(s > 0 for s in sizes) else None
+
+    def shifted(self, by: Sequence[int]) -> Box:
+        """The same rectangle with `by` added to its offsets."""
+        return Box(tuple(o + b for o, b in zip(self.offsets, by, strict=True)), self.sizes)
+
+    def inside(self, shape: Sequence[int]) -> bool:
+        """Whether it lies within a tensor of `shape`."""
+        return len(shape) == len(self.offsets) and all(
+            o >= 0 and s >= 0 and o + s <= n
+            for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
+        )
+
+
+def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Row-major strides, in elements, of a packed tensor of `sizes`."""
+    strides = [1] * len(sizes)
+    for dimension in range(len(sizes) - 2, -1, -1):
+        strides[dimension] = strides[dimension + 1] * max(sizes[dimension + 1], 1)
+    return tuple(strides)
+
+
+def cut(box: Box, itemsize: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Box]:
+    """Cuts `box` into chunks of at most `chunk_bytes`, each contiguous in the packed box, in row-major order.
+
+    i = the smallest dimension whose inner block fits; run = floor(chunk_bytes / inner block); dimension i is cut into
+    ceil(size_i / run) runs whose sizes differ by at most one (longer ones first). Dimensions before i are cut one by
+    one. An empty box gives one chunk of zero bytes.
+    """
+    sizes = box.sizes
+    if box.elements * itemsize <= chunk_bytes:
+        yield box
+        return
+    inner = itemsize
+    split = len(sizes) - 1
+    while split > 0 and inner * sizes[split] <= chunk_bytes:
+        inner *= sizes[split]
+        split -= 1
+    count = math.ceil(sizes[split] / (chunk_bytes // inner))
+    base, longer = divmod(sizes[split], count)
+    runs = [base + 1] * longer + [base] * (count - longer)
+    starts = list(itertools.accumulate(runs, initial=0))
+    for outer in itertools.product(*(range(size) for size in sizes[:split])):
+        for start, run in zip(starts, runs, strict=False):
+            local = (*outer, start) + (0,) * (len(sizes) - split - 1)
+            yield Box(local, (1,) * split + (run, *sizes[split + 1 :])).shifted(box.offsets)

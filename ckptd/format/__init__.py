@@ -1,0 +1,1 @@
+"""The universal checkpoint format as bytes: chunks, objects, manifest, COMMIT. No I/O. Specified in docs/format.md."""

@@ -1,0 +1,1 @@
+"""What the runtime says of itself: logs."""

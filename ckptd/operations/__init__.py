@@ -1,0 +1,1 @@
+"""Work on whole checkpoints, without torch: verify, diff, prune."""

@@ -1,0 +1,1 @@
+"""What to move, computed before any byte moves. Pure functions on catalogs."""

@@ -1,0 +1,1 @@
+"""State machines of snapshots, slots and epochs: events and time in, actions out; no I/O, clock or randomness."""

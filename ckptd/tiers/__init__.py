@@ -1,0 +1,1 @@
+"""Places that hold chunks: the arena in memory and the stores. Each answers `catalog()` and `read(row, into)`."""
