@@ -1,0 +1,62 @@
+"""When to capture and when to flush: arithmetic on steps and measured costs; no clock of its own.
+
+Grants are issued a number of steps ahead (`lead`), so that every rank has heard of a grant before it reaches the step.
+A grant that comes late doubles the lead. `snapshot_every="auto"` takes the shortest interval that keeps the measured
+stall within the budget.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ckptd.protocol.messages import Policy
+
+LEAD = 2
+MAX_LEAD = 1024
+
+
+class Cadence:
+    """Decides the next step to grant, and whether a sealed step is due to be flushed."""
+
+    def __init__(self, policy: Policy, started_at: int) -> None:
+        """`started_at`: the step that the epoch was restored at, counted as flushed."""
+        self._policy = policy
+        self._flushed_step = started_at
+        self._flushed_s: float | None = None
+        self.lead = LEAD
+        self.interval = policy.snapshot_steps or 1
+
+    def observe(self, stall_s: float, step_s: float) -> None:
+        """A capture cost the loop `stall_s` where a step takes `step_s`."""
+        if self._policy.snapshot_steps is None and step_s > 0 and math.isfinite(stall_s):
+            self.interval = max(1, math.ceil(stall_s / (self._policy.overhead_budget * step_s)))
+
+    def late(self) -> None:
+        """A grant reached a rank after its step."""
+        self.lead = min(2 * self.lead, MAX_LEAD)
+
+    def next_step(self, boundary: int, granted: int) -> int:
+        """The first step to capture that is `lead` ahead of the furthest `boundary` and after the last one `granted`."""
+        first = max(boundary + self.lead, granted + 1)
+        upcoming = [_multiple(self.interval, first)]
+        if self._policy.flush_steps is not None:
+            upcoming.append(_multiple(self._policy.flush_steps, first))
+        return min(upcoming)
+
+    def flush_due(self, step: int, now_s: float) -> bool:
+        """Whether a snapshot of `step`, the newest sealed one, should be flushed."""
+        if self._policy.flush_steps is not None:
+            return step // self._policy.flush_steps > self._flushed_step // self._policy.flush_steps
+        if self._policy.flush_s is not None:
+            if self._flushed_s is None:
+                self._flushed_s = now_s
+            return now_s - self._flushed_s >= self._policy.flush_s
+        return False
+
+    def flushed(self, step: int, now_s: float) -> None:
+        """A flush of `step` begins."""
+        self._flushed_step, self._flushed_s = step, now_s
+
+
+def _multiple(of: int, least: int) -> int:
+    return math.ceil(least / of) * of

@@ -1,0 +1,325 @@
+"""Messages between trainers, tools and the daemon of one node: one msgpack object a packet (docs/protocol.md).
+
+Every message is idempotent and may be repeated after a reconnection; descriptors travel beside the packet. Decoding is
+strict: unknown tags, missing fields and wrong types raise FormatError. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from ckptd.core.errors import FormatError
+from ckptd.core.lineage import EpochRecord
+from ckptd.core.types import Epoch, Level, SnapshotId
+
+PROTOCOL = 1
+"""Version of this protocol; a Hello or Prepare with another one is refused."""
+
+MAX_PACKET = 128 * 1024
+
+
+Reason = Literal["late", "layout", "mutated", "revoked", "stall", "failed"]
+"""Why a grant is missed: it came after its step; the state has another layout now; a source changed during the copy;
+the daemon took it back; capturing would hold the loop too long; an error that the trainer has logged."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Base of all messages; the class name is the tag on the wire."""
+
+
+# --- trainer or tool -> daemon
+
+
+class Policy(msgspec.Struct, frozen=True):
+    """What the daemon must know of the job's options. Times are seconds; `flush_steps`/`flush_s`: at most one is set."""
+
+    store: str | None
+    snapshot_steps: int | None
+    flush_steps: int | None
+    flush_s: float | None
+    keep: int | None
+    overhead_budget: float
+    memory_bytes: int | None
+    linger_s: float
+
+
+class Prepare(Message, frozen=True):
+    """Rank 0 asks for a promise not to serve epochs below `epoch`. Answer: Promise or Refuse."""
+
+    protocol: int
+    job: str
+    epoch: Epoch
+
+
+class Begin(Message, frozen=True):
+    """Rank 0: the epoch starts from `restore_point` with `world` ranks on this node. Answer: Begun or Refuse."""
+
+    epoch: Epoch
+    restore_point: SnapshotId | None
+    world: int
+    policy: Policy
+
+
+class Hello(Message, frozen=True):
+    """A rank joins, or rejoins after a lost connection. Answer: Welcome or Refuse.
+
+    `world`, `restore_point` and `policy` let a daemon that lost its memory take the job over.
+    """
+
+    protocol: int
+    job: str
+    epoch: Epoch
+    rank: int
+    world: int
+    instance: str
+    restore_point: SnapshotId | None
+    policy: Policy
+
+
+class Pieces(Message, frozen=True):
+    """Answer to Survey: what the rank's state consists of, as bytes in the descriptor beside."""
+
+    generation: int
+
+
+class Layout(Message, frozen=True):
+    """What a slot of this rank must hold from now on. Answered, once every rank has said it, by Allot or Refuse."""
+
+    generation: int
+    digest: str
+    slot_bytes: int
+
+
+class Ready(Message, frozen=True):
+    """A slot is allocated and populated; its descriptor travels beside unless the daemon has it already."""
+
+    slot: int
+
+
+class Boundary(Message, frozen=True):
+    """The rank has completed `step`; `step_s` is its recent mean step time, capture excluded."""
+
+    step: int
+    step_s: float
+
+
+class Captured(Message, frozen=True):
+    """The grant for `grant` was used: `step` is in `slot`, checksums and all; it cost the loop `stall_s`."""
+
+    grant: int
+    step: int
+    slot: int
+    stall_s: float
+
+
+class Missed(Message, frozen=True):
+    """The grant for `grant` will never be used."""
+
+    grant: int
+    reason: Reason
+
+
+class Request(Message, frozen=True):
+    """The rank stands at the boundary of `step` and wants it captured now; granted when every rank asks."""
+
+    step: int
+
+
+class Flush(Message, frozen=True):
+    """Make the newest sealed snapshot durable now; `to` another store than the job's. Answer: Flushed or Refuse."""
+
+    to: str | None = None
+
+
+class Terminating(Message, frozen=True):
+    """The rank got SIGTERM. Answer: Drained, when the newest sealed snapshot is durable or nobody needs to wait."""
+
+
+class Close(Message, frozen=True):
+    """The rank has finished cleanly; when all have, the job is closed."""
+
+
+class Leave(Message, frozen=True):
+    """The rank ends by an exception: no snapshot in flight of it will complete."""
+
+
+class Status(Message, frozen=True):
+    """Answer: Report."""
+
+
+class Stop(Message, frozen=True):
+    """Frees everything and ends the daemon. Answer: Stopped."""
+
+
+# --- daemon -> trainer or tool
+
+
+class Promise(Message, frozen=True):
+    """The snapshots this node holds whole, and the lineage it knows."""
+
+    snapshots: list[SnapshotId]
+    records: list[EpochRecord]
+
+
+class Refuse(Message, frozen=True):
+    """The request cannot be met. `error` names a class of ckptd.core.errors."""
+
+    error: str
+    message: str
+    promised: Epoch | None = None
+
+
+class Begun(Message, frozen=True):
+    """The epoch's record is in the arena and, if there is a store, durable there."""
+
+
+class SlotInfo(msgspec.Struct, frozen=True):
+    """One slot as the daemon knows it."""
+
+    slot: int
+    rank: int
+    digest: str
+    size: int
+
+
+class Welcome(Message, frozen=True):
+    """The rank is in. `restore` lists the slots of the restore point, whose read-only descriptors travel beside."""
+
+    pid: int
+    slots: list[int]
+    restore: list[SlotInfo]
+
+
+class Survey(Message, frozen=True):
+    """Say at the next boundary what your state consists of. Answer: Pieces."""
+
+    generation: int
+
+
+class Plan(Message, frozen=True):
+    """Every rank's Pieces, as read-only descriptors beside in rank order. Answer: Layout."""
+
+    generation: int
+
+
+class Allot(Message, frozen=True):
+    """Slots for the layout of `generation`: those to reuse (descriptors beside) and numbers of those to create."""
+
+    generation: int
+    reuse: list[int]
+    create: list[int]
+
+
+class Grant(Message, frozen=True):
+    """Capture at the first boundary from `step` on at which an optimizer has stepped, into `slot`."""
+
+    step: int
+    slot: int
+
+
+class Revoke(Message, frozen=True):
+    """The snapshot granted for `step` is NotSealed: answer Missed unless captured, and forget it."""
+
+    step: int
+
+
+class Reached(Message, frozen=True):
+    """`step` has reached `level`; all earlier sealed steps of the epoch are superseded."""
+
+    step: int
+    level: Level
+
+
+class FlushFailed(Message, frozen=True):
+    """Making `step` durable failed; memory keeps it."""
+
+    step: int
+    message: str
+
+
+class Flushed(Message, frozen=True):
+    """Answer to Flush: the durable step (None: nothing sealed)."""
+
+    step: int | None
+
+
+class Drained(Message, frozen=True):
+    """Answer to Terminating."""
+
+    step: int | None
+
+
+class Report(Message, frozen=True):
+    """Answer to Status: a JSON-able picture of the daemon."""
+
+    report: dict[str, Any]
+
+
+class Stopped(Message, frozen=True):
+    """Answer to Stop, sent before the daemon ends."""
+
+
+class Closed(Message, frozen=True):
+    """Every rank has closed and all is flushed; the daemon ends."""
+
+
+ToDaemon = (
+    Prepare
+    | Begin
+    | Hello
+    | Pieces
+    | Layout
+    | Ready
+    | Boundary
+    | Captured
+    | Missed
+    | Request
+    | Flush
+    | Terminating
+    | Close
+    | Leave
+    | Status
+    | Stop
+)
+FromDaemon = (
+    Promise
+    | Refuse
+    | Begun
+    | Welcome
+    | Survey
+    | Plan
+    | Allot
+    | Grant
+    | Revoke
+    | Reached
+    | FlushFailed
+    | Flushed
+    | Drained
+    | Report
+    | Stopped
+    | Closed
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[Literal["to", "from"], msgspec.msgpack.Decoder[Any]] = {
+    "to": msgspec.msgpack.Decoder(ToDaemon),
+    "from": msgspec.msgpack.Decoder(FromDaemon),
+}
+
+
+def encode(message: Message) -> bytes:
+    """One packet; raises FormatError where it would be larger than a packet may be."""
+    packet = _encoder.encode(message)
+    if len(packet) > MAX_PACKET:
+        raise FormatError(f"{type(message).__name__}: {len(packet)} bytes, a packet holds {MAX_PACKET}")
+    return packet
+
+
+def decode(packet: bytes, direction: Literal["to", "from"]) -> Any:
+    """The message `to` or `from` the daemon in a packet; raises FormatError."""
+    try:
+        return _decoders[direction].decode(packet)
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+        raise FormatError(f"message of {len(packet)} bytes: {error}") from None

@@ -1,0 +1,145 @@
+"""Slots and the snapshots in them: which slot is free, granted, held or quarantined. Pure bookkeeping.
+
+Rules (PROTOCOL section 2 as docs/protocol.md states it):
+- A slot is handed out only when free: allocated, in no sealed snapshot that must be kept, in no granted snapshot.
+- A granted snapshot ends in exactly one way: every writer captured the same step (sealed), or it is dead. A dead one
+  keeps the slots of those writers that have not answered yet, since they may still be writing, until they answer or
+  their process has ended.
+- The newest sealed snapshot, the one being flushed and a pinned restore point are kept; all older ones are freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import msgspec
+
+from ckptd.core.types import Epoch, SnapshotId
+
+
+class Slot(msgspec.Struct):
+    """One memory slot of a rank. `ready`: allocated, and its descriptor is here."""
+
+    slot: int
+    rank: int
+    digest: str
+    size: int
+    ready: bool = False
+
+
+class Granted(msgspec.Struct):
+    """A snapshot in the making: `grant` names it until its step is known. `outcome`: rank -> captured or not."""
+
+    epoch: Epoch
+    grant: int
+    slots: dict[int, int]
+    writers: dict[int, str]
+    step: int | None = None
+    outcome: dict[int, bool] = {}
+    dead: bool = False
+
+    @property
+    def complete(self) -> bool:
+        """Every writer has captured the same step."""
+        return not self.dead and len(self.outcome) == len(self.writers) and all(self.outcome.values())
+
+    @property
+    def silent(self) -> list[int]:
+        """Ranks that have not answered: their slots may still be written to."""
+        return [rank for rank in self.writers if rank not in self.outcome]
+
+
+class Sealed(msgspec.Struct):
+    """A snapshot that every rank has captured: rank -> slot."""
+
+    snapshot: SnapshotId
+    slots: dict[int, int]
+
+
+class SlotTable(msgspec.Struct):
+    """All slots of a node, and what is in them. Plain data: it is what survives the daemon."""
+
+    slots: list[Slot] = []
+    granted: list[Granted] = []
+    sealed: list[Sealed] = []
+    numbered: int = 0
+
+    def create(self, rank: int, digest: str, size: int) -> Slot:
+        """A new slot, not ready yet."""
+        self.numbered += 1
+        self.slots.append(Slot(self.numbered, rank, digest, size))
+        return self.slots[-1]
+
+    def get(self, number: int) -> Slot | None:
+        """The slot of that number."""
+        return next((slot for slot in self.slots if slot.slot == number), None)
+
+    def matching(self, rank: int, digest: str, size: int) -> list[Slot]:
+        """Ready slots of a rank that fit a layout, whatever is in them."""
+        return [s for s in self.slots if s.ready and (s.rank, s.digest, s.size) == (rank, digest, size)]
+
+    def busy(self) -> set[int]:
+        """Slots that hold something or may be written to."""
+        used = {slot for sealed in self.sealed for slot in sealed.slots.values()}
+        for granted in self.granted:
+            ranks = granted.silent if granted.dead else granted.slots
+            used |= {granted.slots[rank] for rank in ranks}
+        return used
+
+    def free(self, rank: int, digest: str) -> list[int]:
+        """Slots of a rank that may be granted for a layout."""
+        busy = self.busy()
+        return [s.slot for s in self.slots if s.ready and s.rank == rank and s.digest == digest and s.slot not in busy]
+
+    def find(self, epoch: Epoch, grant: int) -> Granted | None:
+        """The snapshot granted under that number."""
+        return next((g for g in self.granted if g.epoch == epoch and g.grant == grant), None)
+
+    def newest(self, epoch: Epoch | None = None) -> Sealed | None:
+        """The newest sealed snapshot (of an epoch)."""
+        return max(
+            (s for s in self.sealed if epoch is None or s.snapshot.epoch == epoch),
+            key=lambda s: s.snapshot,
+            default=None,
+        )
+
+    def holding(self, snapshot: SnapshotId) -> Sealed | None:
+        """The sealed snapshot of that name."""
+        return next((s for s in self.sealed if s.snapshot == snapshot), None)
+
+    def answer(self, granted: Granted, rank: int, step: int | None) -> None:
+        """A writer's outcome: the step it captured, or None. Outcomes never change."""
+        if rank not in granted.writers or rank in granted.outcome:
+            return
+        granted.outcome[rank] = step is not None
+        if step is None or (granted.step is not None and granted.step != step):
+            granted.dead = True
+        elif granted.step is None:
+            granted.step = step
+
+    def writer_ended(self, instance: str) -> None:
+        """The process of `instance` is gone: what it had not answered is missed."""
+        for granted in self.granted:
+            for rank in [r for r in granted.silent if granted.writers[r] == instance]:
+                self.answer(granted, rank, None)
+
+    def seal(self) -> Iterator[Sealed]:
+        """Moves complete snapshots to the sealed ones and yields them; forgets dead ones that all have answered."""
+        for granted in list(self.granted):
+            if granted.complete and granted.step is not None:
+                self.granted.remove(granted)
+                self.sealed.append(Sealed(SnapshotId(granted.epoch, granted.step), granted.slots))
+                yield self.sealed[-1]
+            elif granted.dead and not granted.silent:
+                self.granted.remove(granted)
+
+    def keep(self, snapshots: Collection[SnapshotId]) -> None:
+        """Frees the slots of every sealed snapshot that is not named."""
+        self.sealed = [s for s in self.sealed if s.snapshot in snapshots]
+
+    def retire(self, layouts: dict[int, str]) -> list[int]:
+        """Removes idle slots that fit no rank's current layout, and returns their numbers."""
+        busy = self.busy()
+        gone = [s.slot for s in self.slots if s.slot not in busy and layouts.get(s.rank) != s.digest]
+        self.slots = [s for s in self.slots if s.slot not in gone]
+        return gone
