@@ -1,0 +1,121 @@
+"""The native functions: checksums, copies of strided boxes, byte planes, population of memory.
+
+The only importer of `ckptd._native`. Loads ISA-L once, on import: from the pyeclib wheel, else the system's. All
+functions release the GIL and check what they can (ValueError); addresses cannot be checked and are the caller's care.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckptd import _native
+from ckptd.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from typing_extensions import Buffer
+
+__all__ = [
+    "address_of",
+    "byteplanes_join",
+    "byteplanes_split",
+    "copy_boxes",
+    "copy_bytes",
+    "crc32c",
+    "crc32c_combine",
+    "populate",
+]
+
+
+def _libraries() -> Iterator[str]:
+    """Where ISA-L may be, the likeliest first."""
+    wheel = importlib.util.find_spec("pyeclib")
+    if wheel is not None and wheel.origin is not None:
+        yield from map(str, sorted(Path(wheel.origin).parents[1].glob("pyeclib.libs/libisal*.so*")))
+    yield "libisal.so.2"
+
+
+def _load_isal() -> None:
+    failures = []
+    for library in _libraries():
+        try:
+            return _native.load_isal(library)
+        except RuntimeError as error:
+            failures.append(f"{library}: {error}")
+    raise ConfigError(
+        "ISA-L, the library of checksums and erasure codes, cannot be loaded; install the pyeclib wheel (1.8 or later) "
+        f"or the system's libisal2. Tried: {'; '.join(failures)}"
+    )
+
+
+_load_isal()
+
+
+def crc32c(data: Buffer, initial: int = 0) -> int:
+    """CRC-32C of contiguous bytes, continuing `initial`, the CRC of what came before. Of nothing: `initial`."""
+    return _native.crc32c(data, initial)
+
+
+def crc32c_combine(first: int, second: int, second_bytes: int) -> int:
+    """The CRC-32C of two byte strings one after the other, from their CRCs and the length of the second."""
+    return _native.crc32c_combine(first, second, second_bytes)
+
+
+def copy_boxes(
+    source: npt.NDArray[np.uint64],
+    target: npt.NDArray[np.uint64],
+    sizes: npt.NDArray[np.int64],
+    source_strides: npt.NDArray[np.int64],
+    target_strides: npt.NDArray[np.int64],
+    itemsize: npt.NDArray[np.int64],
+    *,
+    crc: npt.NDArray[np.uint32] | None = None,
+    threads: int = 1,
+) -> None:
+    """Copies n strided boxes of D dimensions, one a row, and optionally takes their checksums on the way.
+
+    `source`, `target`, `itemsize` and `crc` are [n], `sizes` and the strides [n, D] (at most 64; D = 0 is one element).
+    Addresses are of the first element, strides in bytes and not negative. `crc` receives the CRC-32C of each box's
+    bytes in row-major order. A target of 0: only the checksum. Uses up to `threads` threads, the caller's included;
+    big boxes are split among them. Raises ValueError for arrays of the wrong shape or dtype and for impossible jobs,
+    before a byte is copied.
+
+    Sources must not change meanwhile: bytes are read once for the checksum and again, from the cache, for the copy.
+    Who does not trust the source copies first and takes the checksum of the copy.
+    """
+    _native.copy_boxes(source, target, sizes, source_strides, target_strides, itemsize, crc=crc, threads=threads)
+
+
+def copy_bytes(source_address: int, target: Buffer, crc: bool = True) -> int:
+    """Fills the writable contiguous `target` from an address; returns the CRC-32C of its bytes (0 without `crc`)."""
+    return _native.copy_bytes(source_address, target, crc)
+
+
+def address_of(buffer: Buffer) -> int:
+    """The address of the first byte of a contiguous buffer, good for as long as the buffer lives."""
+    return _native.address_of(buffer)
+
+
+def byteplanes_split(source: Buffer, target: Buffer, itemsize: int) -> None:
+    """Puts bytes of equal significance together: plane p of `target` is byte p of every item of `source`.
+
+    Both are contiguous and equally long, a multiple of `itemsize`; ValueError otherwise. They must not overlap.
+    """
+    _native.byteplanes_split(source, target, itemsize)
+
+
+def byteplanes_join(source: Buffer, target: Buffer, itemsize: int) -> None:
+    """The inverse of `byteplanes_split`."""
+    _native.byteplanes_join(source, target, itemsize)
+
+
+def populate(address: int, size: int, *, write: bool = True) -> None:
+    """Maps all pages of a range at once, for writing or only for reading; raises OSError.
+
+    EINVAL: the kernel is older than 5.14; EFAULT: a page cannot be had, ENOMEM: part of the range is not mapped.
+    """
+    _native.populate(address, size, write=write)

@@ -1,0 +1,200 @@
+// ckptd._native: the only file that sees Python. Checks what it is given (ValueError), releases the GIL, calls.
+// ckptd/core/native.py documents the functions and is their only importer.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <cerrno>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "byteplanes.hpp"
+#include "copy.hpp"
+#include "crc32c.hpp"
+#include "isal.hpp"
+#include "memory.hpp"
+#include "run.hpp"
+
+namespace nb = nanobind;
+
+namespace {
+
+using namespace ckptd;
+
+// The contiguous bytes of an object with the buffer protocol, held for as long as this lives.
+class BufferView {
+  public:
+    BufferView(nb::handle object, bool writable) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) {
+            throw nb::python_error();
+        }
+    }
+    BufferView(const BufferView&) = delete;
+    BufferView& operator=(const BufferView&) = delete;
+    ~BufferView() {
+        PyBuffer_Release(&view_);
+    }
+
+    std::byte* data() const {
+        return static_cast<std::byte*>(view_.buf);
+    }
+    std::size_t size() const {
+        return static_cast<std::size_t>(view_.len);
+    }
+
+  private:
+    Py_buffer view_;
+};
+
+using Column = nb::ndarray<nb::ro>;
+using WritableColumn = nb::ndarray<>;
+
+std::string shape_text(const std::vector<std::size_t>& shape) {
+    std::string text = "[";
+    for (std::size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+    return text + "]";
+}
+
+// Checks that a column is a packed array of `Element` in main memory with the shape given.
+template <typename Element, typename Array>
+Element* checked(const Array& array, const char* name, const std::vector<std::size_t>& shape) {
+    std::vector<std::size_t> found(array.ndim());
+    bool packed = true;
+    std::int64_t expected = 1;
+    for (std::size_t i = array.ndim(); i-- > 0;) {
+        found[i] = array.shape(i);
+        if (found[i] > 1 && array.stride(i) != expected) packed = false;
+        expected *= static_cast<std::int64_t>(found[i]);
+    }
+    const auto fail = [&](const std::string& what) {
+        throw nb::value_error((std::string("copy_boxes: ") + name + " " + what).c_str());
+    };
+    if (array.device_type() != nb::device::cpu::value) fail("is not in main memory");
+    if (array.dtype() != nb::dtype<std::remove_const_t<Element>>()) fail("has the wrong dtype");
+    if (found != shape) fail("has shape " + shape_text(found) + ", expected " + shape_text(shape));
+    if (expected > 0 && !packed) fail("is not C-contiguous");
+    return static_cast<Element*>(array.data());
+}
+
+void require_checksums() {
+    if (!crc32c::ready()) throw std::runtime_error("ISA-L is not loaded; call load_isal first");
+}
+
+void load_isal(const std::string& path) {
+    isal::load(path);
+    crc32c::prepare();
+}
+
+std::uint32_t crc32c_of(nb::handle data, std::uint32_t initial) {
+    require_checksums();
+    const BufferView view(data, false);
+    nb::gil_scoped_release released;
+    return crc32c::extend(initial, view.data(), view.size());
+}
+
+void copy_boxes_of(const Column& source, const Column& target, const Column& sizes, const Column& source_strides,
+                   const Column& target_strides, const Column& itemsize, std::optional<WritableColumn> crc,
+                   std::int64_t threads) {
+    if (source.ndim() != 1) throw nb::value_error("copy_boxes: source is not one-dimensional");
+    if (sizes.ndim() != 2) throw nb::value_error("copy_boxes: sizes is not two-dimensional");
+    if (threads < 1) throw nb::value_error("copy_boxes: threads is less than 1");
+    const std::size_t count = source.shape(0);
+    const std::size_t dimensions = sizes.shape(1);
+    CopyJobs jobs{count,
+                  dimensions,
+                  checked<const std::uint64_t>(source, "source", {count}),
+                  checked<const std::uint64_t>(target, "target", {count}),
+                  checked<const std::int64_t>(sizes, "sizes", {count, dimensions}),
+                  checked<const std::int64_t>(source_strides, "source_strides", {count, dimensions}),
+                  checked<const std::int64_t>(target_strides, "target_strides", {count, dimensions}),
+                  checked<const std::int64_t>(itemsize, "itemsize", {count}),
+                  nullptr};
+    if (crc.has_value()) {
+        require_checksums();
+        jobs.crc = checked<std::uint32_t>(*crc, "crc", {count});
+    }
+    nb::gil_scoped_release released;
+    check_jobs(jobs);
+    copy_boxes(jobs, static_cast<std::size_t>(threads));
+}
+
+std::uint32_t copy_bytes(std::uint64_t source_address, nb::handle target, bool crc) {
+    if (crc) require_checksums();
+    const BufferView view(target, true);
+    if (source_address == 0 && view.size() > 0) throw nb::value_error("copy_bytes: source address is 0");
+    nb::gil_scoped_release released;
+    std::uint32_t checksum = 0;
+    if (view.size() > 0) {
+        copy_run(reinterpret_cast<const std::byte*>(source_address), view.data(), view.size(),
+                 crc ? &checksum : nullptr);
+    }
+    return checksum;
+}
+
+std::uint64_t address_of(nb::handle buffer) {
+    return reinterpret_cast<std::uintptr_t>(BufferView(buffer, false).data());
+}
+
+template <typename Transform>
+void transform_planes(nb::handle source, nb::handle target, std::int64_t itemsize, Transform transform) {
+    const BufferView from(source, false);
+    const BufferView to(target, true);
+    if (itemsize < 1) throw nb::value_error("byteplanes: itemsize is less than 1");
+    const auto bytes = static_cast<std::size_t>(itemsize);
+    if (from.size() % bytes != 0) {
+        throw nb::value_error(("byteplanes: source has " + std::to_string(from.size()) +
+                               " bytes, expected a multiple of itemsize " + std::to_string(itemsize))
+                                  .c_str());
+    }
+    if (from.size() != to.size()) {
+        throw nb::value_error(
+            ("byteplanes: target has " + std::to_string(to.size()) + " bytes, source " + std::to_string(from.size()))
+                .c_str());
+    }
+    nb::gil_scoped_release released;
+    transform(from.data(), to.data(), from.size() / bytes, bytes);
+}
+
+void populate_pages(std::uint64_t address, std::uint64_t size, bool write) {
+    int error = 0;
+    {
+        nb::gil_scoped_release released;
+        error = populate(address, size, write);
+    }
+    if (error != 0) {
+        errno = error;
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw nb::python_error();
+    }
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    using namespace nb::literals;
+    module.doc() = "Native parts of ckptd; see ckptd.core.native.";
+    module.def("load_isal", &load_isal, "path"_a);
+    module.def("crc32c", &crc32c_of, "data"_a, "initial"_a = 0);
+    module.def("crc32c_combine", &crc32c::combine, "first"_a, "second"_a, "second_bytes"_a);
+    module.def("copy_boxes", &copy_boxes_of, "source"_a.noconvert(), "target"_a.noconvert(), "sizes"_a.noconvert(),
+               "source_strides"_a.noconvert(), "target_strides"_a.noconvert(), "itemsize"_a.noconvert(), nb::kw_only(),
+               "crc"_a.noconvert() = nb::none(), "threads"_a = 1);
+    module.def("copy_bytes", &copy_bytes, "source_address"_a, "target"_a, "crc"_a = true);
+    module.def("address_of", &address_of, "buffer"_a);
+    module.def(
+        "byteplanes_split",
+        [](nb::handle source, nb::handle target, std::int64_t itemsize) {
+            transform_planes(source, target, itemsize, byteplanes::split);
+        },
+        "source"_a, "target"_a, "itemsize"_a);
+    module.def(
+        "byteplanes_join",
+        [](nb::handle source, nb::handle target, std::int64_t itemsize) {
+            transform_planes(source, target, itemsize, byteplanes::join);
+        },
+        "source"_a, "target"_a, "itemsize"_a);
+    module.def("populate", &populate_pages, "address"_a, "size"_a, nb::kw_only(), "write"_a = true);
+}

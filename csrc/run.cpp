@@ -1,0 +1,117 @@
+#include "run.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "crc32c.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace ckptd {
+
+namespace {
+
+constexpr std::size_t block_bytes = 1024;
+constexpr std::size_t line_bytes = 64;
+constexpr std::size_t stream_from_bytes = 256 * 1024;  // shorter runs may well be read again soon: keep them cached
+
+// Copies whole lines to a target aligned to a line.
+using StreamLines = void (*)(const std::byte* source, std::byte* target, std::size_t size);
+
+#if defined(__x86_64__)
+
+__attribute__((target("avx512f"))) void stream_avx512(const std::byte* source, std::byte* target, std::size_t size) {
+    for (std::size_t at = 0; at < size; at += line_bytes) {
+        const __m512i line = _mm512_loadu_si512(source + at);
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(target + at), line);
+    }
+}
+
+__attribute__((target("avx"))) void stream_avx(const std::byte* source, std::byte* target, std::size_t size) {
+    for (std::size_t at = 0; at < size; at += line_bytes) {
+        const auto* from = reinterpret_cast<const __m256i*>(source + at);
+        auto* to = reinterpret_cast<__m256i*>(target + at);
+        const __m256i low = _mm256_loadu_si256(from);
+        const __m256i high = _mm256_loadu_si256(from + 1);
+        _mm256_stream_si256(to, low);
+        _mm256_stream_si256(to + 1, high);
+    }
+}
+
+void stream_sse2(const std::byte* source, std::byte* target, std::size_t size) {
+    for (std::size_t at = 0; at < size; at += sizeof(__m128i)) {
+        const __m128i word = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at));
+        _mm_stream_si128(reinterpret_cast<__m128i*>(target + at), word);
+    }
+}
+
+StreamLines choose_stream() {
+    if (__builtin_cpu_supports("avx512f")) return stream_avx512;
+    if (__builtin_cpu_supports("avx")) return stream_avx;
+    return stream_sse2;
+}
+
+// Streamed stores are weakly ordered: whoever is told that the copy is done must see them.
+void finish_stream() {
+    _mm_sfence();
+}
+
+#else
+
+void stream_plain(const std::byte* source, std::byte* target, std::size_t size) {
+    std::memcpy(target, source, size);
+}
+
+StreamLines choose_stream() {
+    return stream_plain;
+}
+
+void finish_stream() {}
+
+#endif
+
+const StreamLines stream_lines = choose_stream();
+
+void copy_block(const std::byte* source, std::byte* target, std::size_t size, std::uint32_t* crc) {
+    if (crc != nullptr) *crc = crc32c::extend(*crc, source, size);
+    std::memcpy(target, source, size);
+}
+
+void copy_streamed(const std::byte* source, std::byte* target, std::size_t size, std::uint32_t* crc) {
+    const std::size_t head = -reinterpret_cast<std::uintptr_t>(target) % line_bytes;
+    copy_block(source, target, head, crc);
+    const std::size_t end = size - (size - head) % line_bytes;
+    for (std::size_t at = head; at < end;) {
+        const std::size_t length = std::min(block_bytes, end - at);
+        if (crc != nullptr) *crc = crc32c::extend(*crc, source + at, length);
+        stream_lines(source + at, target + at, length);
+        at += length;
+    }
+    copy_block(source + end, target + end, size - end, crc);
+    finish_stream();
+}
+
+}  // namespace
+
+void copy_run(const std::byte* source, std::byte* target, std::size_t size, std::uint32_t* crc) {
+    if (target == nullptr) {
+        if (crc != nullptr) *crc = crc32c::extend(*crc, source, size);
+        return;
+    }
+    if (size >= stream_from_bytes) return copy_streamed(source, target, size, crc);
+    if (crc == nullptr) {
+        std::memcpy(target, source, size);
+        return;
+    }
+    while (size > 0) {
+        const std::size_t length = std::min(block_bytes, size);
+        copy_block(source, target, length, crc);
+        source += length;
+        target += length;
+        size -= length;
+    }
+}
+
+}  // namespace ckptd

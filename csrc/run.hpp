@@ -1,0 +1,16 @@
+// Copies one contiguous run of bytes and takes its checksum on the way: the inner loop of every capture and load.
+//
+// In blocks of 1 KiB the checksum pulls the source into the first-level cache and the copy takes it from there, so
+// that memory is read once; long runs are written past the caches, so that it is not read for the target either.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ckptd {
+
+// Copies `size` bytes; `target` null: only the checksum; `crc` null: only the copy. `*crc` is continued.
+// The source must not change meanwhile: it is read once for the checksum and once for the copy.
+void copy_run(const std::byte* source, std::byte* target, std::size_t size, std::uint32_t* crc);
+
+}  // namespace ckptd
