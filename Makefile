@@ -1,0 +1,51 @@
+# Verbs: demo, test, lint, bench, clean. Each prepares the virtual environment first; that is slow only once.
+
+PYTHON ?= python3
+# On a machine that should not fetch the CUDA build:  make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+PYTEST_FLAGS ?= -n 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+NATIVE := $(wildcard CMakeLists.txt csrc/*)
+FORMATTED := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.c csrc/*.h)
+
+.PHONY: demo test lint bench clean install
+.DELETE_ON_ERROR:
+
+demo: install
+	$(BIN)/python docs/examples/demo.py $(DEMO_FLAGS)
+
+test: install
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict ckptd
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+bench: install
+	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
+
+install: $(VENV)/installed
+
+# Torch before all else and by itself, so that nothing later picks another build of it.
+$(VENV)/torch-installed:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("ckptd needs Python 3.11 or newer, found %s; set PYTHON=..." % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@touch $@
+
+# No build isolation: an isolated build would resolve and fetch its own tools on every change of csrc/.
+$(VENV)/installed: $(VENV)/torch-installed pyproject.toml $(NATIVE)
+	$(PIP) install 'scikit-build-core>=0.10' 'nanobind>=2.4' cmake ninja
+	$(PIP) install --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist bench-results demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
