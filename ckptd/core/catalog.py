@@ -124,8 +124,9 @@ class Catalog:
         mapped = position[given]
         rows = np.argsort(mapped, kind="stable")
         mapped = mapped[rows]
-        low = np.asarray(offsets, np.int64).reshape(len(rows), -1)[rows]
-        extent = np.asarray(sizes, np.int64).reshape(len(rows), -1)[rows]
+        given_width = -1 if len(rows) else width
+        low = np.asarray(offsets, np.int64).reshape(len(rows), given_width)[rows]
+        extent = np.asarray(sizes, np.int64).reshape(len(rows), given_width)[rows]
         shapes = np.ones((len(infos), width), np.int64)
         for i, info in enumerate(infos):
             shapes[i, : len(info.shape)] = info.shape

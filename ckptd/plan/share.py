@@ -1,0 +1,189 @@
+"""What ranks hold in common: which per-rank tensors and objects are stored once, and how a rank finds its own.
+
+Owns one rule, used by a synchronous save and by the flush of a snapshot alike, and its inverse for loading:
+
+- Tensors: the rows of the lowest rank that holds a key serve every rank (ALL_RANKS). Another rank's rows are dropped
+  where all their checksums equal these, else they stay and override them for that rank.
+- Objects: the value of the lowest rank that holds a path is in the shared table. Another rank's differing value is a
+  uint8 tensor `objects/<path>@<rank>`. Objects under `rng/` are always per rank, the lowest one's too.
+
+Own values mean something only to the same number of ranks: another world takes the shared ones, except for generators,
+where rank r takes what rank r had. Pure; values are bytes whose content is not looked into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from ckptd.core.box import Box, cut
+from ckptd.core.catalog import ALL_RANKS, Catalog, TensorInfo
+from ckptd.core.errors import FormatError
+from ckptd.core.native import crc32c
+from ckptd.plan.load import Want, plan_load
+from ckptd.plan.save import place
+
+OBJECTS_PREFIX = "objects/"
+RNG_PREFIX = "rng/"
+
+OBJECTS_FILE = 1
+"""`file` column of rows whose bytes are objects rather than tensors of the slot (file 0)."""
+
+Read = Callable[[int, memoryview], None]
+
+
+def share_objects(objects: Sequence[Mapping[str, bytes]]) -> tuple[dict[str, bytes], dict[tuple[str, int], bytes]]:
+    """(shared, per rank) from each rank's path -> value. Values may as well be digests: only equality matters."""
+    shared: dict[str, bytes] = {}
+    own: dict[tuple[str, int], bytes] = {}
+    for rank, values in enumerate(objects):
+        for path, value in values.items():
+            if path.startswith(RNG_PREFIX) or shared.setdefault(path, value) != value:
+                own[path, rank] = value
+    return shared, own
+
+
+def share_rows(catalogs: Sequence[Catalog]) -> list[Catalog]:
+    """The catalogs without the rows that need not be stored; those that serve every rank are marked ALL_RANKS.
+
+    Rows for one rank (`rank` column) are compared by key and CRC, which must be filled in.
+    """
+    own = [_own_tensors(catalog) for catalog in catalogs]
+    lowest: dict[str, tuple[int, bytes]] = {}
+    for tensors in own:
+        for (key, rank), (_, checksums) in tensors.items():
+            lowest[key] = min(lowest.get(key, (rank, checksums)), (rank, checksums))
+    shared = []
+    for catalog, tensors in zip(catalogs, own, strict=True):
+        kept = np.ones(len(catalog), bool)
+        ranks = catalog.rank.copy()
+        for (key, rank), (rows, checksums) in tensors.items():
+            origin, expected = lowest[key]
+            if rank == origin:
+                ranks[rows] = ALL_RANKS
+            elif checksums == expected:
+                kept[rows] = False
+        changed = catalog.replaced(rank=ranks)
+        shared.append(changed if kept.all() else changed.select(np.flatnonzero(kept)))
+    return shared
+
+
+def _own_tensors(catalog: Catalog) -> dict[tuple[str, int], tuple[np.ndarray[tuple[int], np.dtype[np.int64]], bytes]]:
+    """(key, rank) -> (rows, their CRCs as bytes) of the tensors that a catalog holds for one rank only."""
+    rows = np.flatnonzero(catalog.rank != ALL_RANKS)
+    rows = rows[np.lexsort((rows, catalog.rank[rows], catalog.tensor[rows]))]
+    pairs = np.stack([catalog.tensor[rows], catalog.rank[rows]], axis=1)
+    starts = np.flatnonzero((np.diff(pairs, axis=0, prepend=-2) != 0).any(axis=1))
+    found = {}
+    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+        run = rows[start:stop]
+        key, rank = catalog.tensors[catalog.tensor[run[0]]].key, int(catalog.rank[run[0]])
+        found[key, rank] = run, catalog.crc[run].tobytes()
+    return found
+
+
+def with_aliases(catalog: Catalog, aliases: Mapping[str, str]) -> Catalog:
+    """The catalog with rows under second keys of tied tensors (second key -> first key), at the same places."""
+    parts = [catalog]
+    for second, first in sorted(aliases.items()):
+        if first not in catalog or second in catalog:
+            continue
+        part = catalog.select(np.asarray(catalog.rows(first)))
+        info = part.tensors[0]
+        parts.append(_renamed(part, TensorInfo(second, info.dtype, info.shape)))
+    return Catalog.merge(parts) if len(parts) > 1 else catalog
+
+
+def _renamed(catalog: Catalog, info: TensorInfo) -> Catalog:
+    """A catalog of one tensor under another name."""
+    columns = ("rank", "raw", "crc", "writer", "file", "file_offset", "stored", "codec")
+    return Catalog.build(
+        [info], catalog.tensor, catalog.offsets, catalog.sizes, **{name: getattr(catalog, name) for name in columns}
+    )
+
+
+def object_key(path: str, rank: int) -> str:
+    """The key of one rank's own value of an object."""
+    return f"{OBJECTS_PREFIX}{path}@{rank}"
+
+
+def object_rows(values: Mapping[tuple[str, int], bytes], *, writer: int) -> tuple[Catalog, bytes]:
+    """Rows for per-rank objects, to be merged into the catalog of the part that `writer` writes, and their bytes.
+
+    A row whose `file` is OBJECTS_FILE has its bytes in the second value at `file_offset`.
+    """
+    infos: list[TensorInfo] = []
+    chunks: list[tuple[int, Box, bytes]] = []
+    for path, rank in sorted(values):
+        info = TensorInfo(object_key(path, rank), "uint8", (len(values[path, rank]),))
+        for box in cut(Box.whole(info.shape), 1):
+            chunks.append((len(infos), box, values[path, rank][box.offsets[0] : box.offsets[0] + box.sizes[0]]))
+        infos.append(info)
+    offsets, total = place([len(data) for _, _, data in chunks])
+    content = bytearray(total)
+    for offset, (_, _, data) in zip(offsets.tolist(), chunks, strict=True):
+        content[offset : offset + len(data)] = data
+    count = len(chunks)
+    catalog = Catalog.build(
+        infos,
+        [tensor for tensor, _, _ in chunks],
+        np.array([box.offsets for _, box, _ in chunks], np.int64).reshape(count, bool(count)),
+        np.array([box.sizes for _, box, _ in chunks], np.int64).reshape(count, bool(count)),
+        crc=[crc32c(data) for _, _, data in chunks],
+        writer=np.full(count, writer),
+        file=np.full(count, OBJECTS_FILE),
+        file_offset=offsets,
+    )
+    return catalog, bytes(content)
+
+
+def objects_for(
+    rank: int, shared: Mapping[str, bytes], catalog: Catalog, read: Read, *, world: int | None = None
+) -> dict[str, bytes]:
+    """Path -> value of every object as `rank` of `world` ranks (None: as many as were saved) sees it."""
+    values = dict(shared)
+    same_world = world is None or world == saved_world(catalog)
+    for path, owner, key in _own_objects(catalog):
+        if owner == rank and (same_world or path.startswith(RNG_PREFIX)):
+            values[path] = read_bytes(catalog, key, read)
+    return values
+
+
+def saved_world(catalog: Catalog) -> int:
+    """How many ranks saved a checkpoint, as their generators' states tell; 0 where none are in it."""
+    return max((rank + 1 for path, rank, _ in _own_objects(catalog) if path.startswith(RNG_PREFIX)), default=0)
+
+
+def serving_rank(catalog: Catalog, rank: int, world: int) -> int:
+    """Whose values of per-rank tensors `rank` of `world` ranks takes: its own, or in another world ALL_RANKS."""
+    return rank if world == saved_world(catalog) else ALL_RANKS
+
+
+def tensor_infos(catalog: Catalog) -> dict[str, TensorInfo]:
+    """The tensors of the state, without those that hold per-rank objects."""
+    return {info.key: info for info in catalog.tensors if not info.key.startswith(OBJECTS_PREFIX)}
+
+
+def _own_objects(catalog: Catalog) -> Iterator[tuple[str, int, str]]:
+    """(path, rank, key) of every per-rank object; FormatError for a key that is not one."""
+    for info in catalog.tensors:
+        if not info.key.startswith(OBJECTS_PREFIX):
+            continue
+        path, separator, rank = info.key[len(OBJECTS_PREFIX) :].rpartition("@")
+        if not separator or not rank.isascii() or not rank.isdigit() or len(rank) > 9:
+            raise FormatError(f"tensor {info.key!r}: expected {OBJECTS_PREFIX}<path>@<rank>")
+        yield path, int(rank), info.key
+
+
+def read_bytes(catalog: Catalog, key: str, read: Read) -> bytes:
+    """The bytes of a one-dimensional uint8 tensor; MismatchError where it is not one or has gaps."""
+    shape = catalog.info(key).shape
+    plan = plan_load(catalog, [Want(key, "uint8", (sum(shape),), Box.whole((sum(shape),)))], rank=ALL_RANKS)
+    content = bytearray(sum(shape))
+    for row, offset, size in zip(plan.row.tolist(), plan.offsets[:, 0], plan.sizes[:, 0], strict=True):
+        start = int(offset - catalog.offsets[row, 0])
+        chunk = bytearray(int(catalog.raw[row]))
+        read(row, memoryview(chunk))
+        content[offset : offset + size] = chunk[start : start + size]
+    return bytes(content)

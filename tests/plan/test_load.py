@@ -1,0 +1,201 @@
+"""The load plan, checked by carrying it out on real arrays: any layout that was saved fills any layout wanted."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptd.core.box import Box, cut
+from ckptd.core.catalog import ALL_RANKS, Catalog
+from ckptd.core.errors import MismatchError
+from ckptd.plan import load
+from ckptd.plan.load import LoadPlan, Want, plan_load
+
+
+def catalog_of(*entries: tuple[str, str, tuple[int, ...], Box, int]) -> Catalog:
+    """A catalog with one row per (key, dtype, shape, box, rank)."""
+    tensors = list(dict.fromkeys((key, dtype, shape) for key, dtype, shape, _, _ in entries))
+    width = max((len(shape) for _, _, shape in tensors), default=0)
+    pad = [width - len(shape) for _, _, shape, _, _ in entries]
+    return Catalog.build(
+        tensors,
+        [tensors.index(entry[:3]) for entry in entries],
+        np.array([(*e[3].offsets, *(0,) * p) for e, p in zip(entries, pad, strict=True)], np.int64),
+        np.array([(*e[3].sizes, *(1,) * p) for e, p in zip(entries, pad, strict=True)], np.int64),
+        rank=[entry[4] for entry in entries],
+    )
+
+
+def slices(offsets: np.ndarray, sizes: np.ndarray, dimensions: int) -> tuple[slice, ...]:
+    return tuple(slice(int(o), int(o + s)) for o, s in zip(offsets[:dimensions], sizes[:dimensions], strict=True))
+
+
+def reads_of(plan: LoadPlan, catalog: Catalog, want: int, shape: tuple[int, ...]) -> np.ndarray:
+    """How often the plan writes each element of a want, on the global grid; checks parts against their chunks."""
+    grid = np.zeros(shape, int)
+    for index in np.flatnonzero(plan.want == want):
+        row = plan.row[index]
+        assert (plan.offsets[index] >= catalog.offsets[row]).all()
+        assert (plan.offsets[index] + plan.sizes[index] <= catalog.offsets[row] + catalog.sizes[row]).all()
+        grid[slices(plan.offsets[index], plan.sizes[index], len(shape))] += 1
+    return grid
+
+
+@st.composite
+def partitions(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Box]:
+    """Boxes that tile `shape`: repeated cuts of random boxes along random dimensions; empty boxes now and then."""
+    boxes = [Box.whole(shape)]
+    for _ in range(draw(st.integers(0, 4)) if shape else 0):
+        box = boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        dimension = draw(st.integers(0, len(shape) - 1))
+        at = draw(st.integers(0, box.sizes[dimension]))
+        for start, size in ((0, at), (at, box.sizes[dimension] - at)):
+            sizes = (*box.sizes[:dimension], size, *box.sizes[dimension + 1 :])
+            offsets = (*box.offsets[:dimension], box.offsets[dimension] + start, *box.offsets[dimension + 1 :])
+            boxes.append(Box(offsets, sizes))
+    return boxes
+
+
+@st.composite
+def resharding(draw: st.DrawFn) -> tuple[Catalog, list[Want]]:
+    """Tensors saved as one partition (cut into small chunks, replicas of some) and wanted as another."""
+    entries, wants = [], []
+    for number in range(draw(st.integers(1, 3))):
+        shape = tuple(draw(st.lists(st.integers(0, 7), max_size=3)))
+        key = f"t{number}"
+        for box in draw(partitions(shape)):
+            if not box.elements and 0 not in shape:
+                continue
+            for chunk in cut(box, 4, draw(st.sampled_from([4, 8, 20, 100]))):
+                entries += [(key, "float32", shape, chunk, ALL_RANKS)] * draw(st.sampled_from([1, 1, 1, 2]))
+        wants += [Want(key, "float32", shape, box) for box in draw(partitions(shape))]
+    return catalog_of(*entries), wants
+
+
+@settings(max_examples=200, deadline=None)
+@given(resharding())
+def test_any_layout_fills_any_other(case: tuple[Catalog, list[Want]]) -> None:
+    catalog, wants = case
+    plan = plan_load(catalog, wants, rank=0)
+    assert (np.diff(plan.want) >= 0).all()
+    for index, want in enumerate(wants):
+        expected = np.zeros(want.shape, int)
+        expected[tuple(slice(o, o + s) for o, s in zip(*want.box, strict=True))] = 1
+        assert np.array_equal(reads_of(plan, catalog, index, want.shape), expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(resharding(), st.data())
+def test_a_missing_chunk_is_always_found(case: tuple[Catalog, list[Want]], data: st.DataObject) -> None:
+    """Without one chunk that is not stored twice, each want that needs it is named."""
+    catalog, wants = case
+    lost = data.draw(st.integers(0, len(catalog) - 1))
+    places = [(int(t), *catalog.box(row)) for row, t in enumerate(catalog.tensor)]
+    box, key = catalog.box(lost), catalog.tensors[catalog.tensor[lost]].key
+    rest = catalog.select(np.array([row for row in catalog if row != lost], np.int64))
+    needed = [w for w in wants if w.key == key and w.box.intersect(box)] if box.elements else []
+    if places.count(places[lost]) > 1 or not needed:
+        return
+    with pytest.raises(MismatchError) as caught:
+        plan_load(rest, wants, rank=0)
+    assert str(caught.value).count(f"{key}: ") == len([w for w in wants if w.key == key and key not in rest] or needed)
+
+
+def test_blocks_of_wants_give_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [(f"t{i}", "int64", (6,), Box((o,), (2,)), ALL_RANKS) for i in range(5) for o in (0, 2, 4)]
+    wants = [Want(f"t{i}", "int64", (6,), Box((1,), (4,))) for i in range(5)]
+    whole = plan_load(catalog_of(*entries), wants, rank=0)
+    monkeypatch.setattr(load, "_PAIRS_AT_ONCE", 4)
+    parts = plan_load(catalog_of(*entries), wants, rank=0)
+    for name in ("want", "row", "offsets", "sizes"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name))
+    assert len(whole) == 15
+
+
+def test_own_rows_override_shared_ones_key_by_key() -> None:
+    whole = Box.whole((4,))
+    catalog = catalog_of(
+        ("b", "float32", (4,), whole, ALL_RANKS),
+        ("b", "float32", (4,), Box((0,), (2,)), 1),
+        ("b", "float32", (4,), Box((2,), (2,)), 1),
+        ("w", "float32", (4,), whole, ALL_RANKS),
+    )
+    wants = [Want("b", "float32", (4,), whole), Want("w", "float32", (4,), whole)]
+    for rank, rows in ((0, [0, 3]), (1, [1, 2, 3]), (ALL_RANKS, [0, 3])):
+        assert sorted(plan_load(catalog, wants, rank=rank).row.tolist()) == rows
+
+
+def test_a_value_of_other_ranks_only_is_missing() -> None:
+    catalog = catalog_of(("b", "float32", (4,), Box.whole((4,)), 3))
+    with pytest.raises(MismatchError, match=r"b: no chunk holds a value for this rank \(only for rank 3\)"):
+        plan_load(catalog, [Want("b", "float32", (4,), Box.whole((4,)))], rank=0)
+
+
+def test_overlapping_chunks_are_read_once_first_one_first() -> None:
+    catalog = catalog_of(
+        ("w", "float32", (10,), Box((0,), (6,)), ALL_RANKS),
+        ("w", "float32", (10,), Box((4,), (6,)), ALL_RANKS),
+        ("w", "float32", (10,), Box((1,), (3,)), ALL_RANKS),
+    )
+    plan = plan_load(catalog, [Want("w", "float32", (10,), Box.whole((10,)))], rank=0)
+    assert (plan.row.tolist(), plan.offsets.tolist(), plan.sizes.tolist()) == ([0, 1], [[0], [6]], [[6], [4]])
+
+
+def test_all_differences_in_one_message() -> None:
+    catalog = catalog_of(
+        ("gap", "float32", (4, 2), Box((0, 0), (3, 2)), ALL_RANKS),
+        ("shape", "float32", (4, 2), Box.whole((4, 2)), ALL_RANKS),
+        ("type", "bfloat16", (2,), Box.whole((2,)), ALL_RANKS),
+    )
+    wants = [
+        Want("absent", "float32", (1,), Box.whole((1,))),
+        Want("gap", "float32", (4, 2), Box.whole((4, 2))),
+        Want("shape", "float32", (2, 4), Box.whole((2, 4))),
+        Want("type", "float32", (2,), Box.whole((2,))),
+    ]
+    with pytest.raises(MismatchError) as caught:
+        plan_load(catalog, wants, rank=0)
+    assert str(caught.value).splitlines() == [
+        "the checkpoint does not fit the state it is loaded into, 4 differences:",
+        "  absent: not in the checkpoint",
+        "  shape: shape [4, 2] in the checkpoint, [2, 4] here",
+        "  type: bfloat16 in the checkpoint, float32 here (cast=True converts it)",
+        "  gap: no chunk holds elements [3:4, 0:2]",
+    ]
+    assert len(plan_load(catalog, wants[3:], rank=0, cast=True)) == 1
+
+
+def test_an_empty_catalog_lacks_everything_and_serves_nobody() -> None:
+    nothing = Catalog.merge([])
+    assert len(plan_load(nothing, [], rank=0)) == 0
+    with pytest.raises(MismatchError, match="not in the checkpoint"):
+        plan_load(nothing, [Want("w", "float32", (1,), Box.whole((1,)))], rank=0)
+
+
+def test_a_quarter_million_chunks_of_one_tensor() -> None:
+    """Two-dimensional shards of a large tensor: linear, not quadratic."""
+    side = 512
+    rows, columns = np.divmod(np.arange(side * side), side)
+    catalog = Catalog.build(
+        [("w", "uint8", (side * 4, side * 4))],
+        np.zeros(side * side),
+        np.stack([rows, columns], 1) * 4,
+        np.full((side * side, 2), 4),
+    )
+    halves = [Box((0, 0), (side * 4, side * 2 + 1)), Box((0, side * 2 + 1), (side * 4, side * 2 - 1))]
+    plan = plan_load(catalog, [Want("w", "uint8", (side * 4, side * 4), half) for half in halves], rank=0)
+    assert len(plan) == side * side + side
+    assert int(np.prod(plan.sizes, axis=1).sum()) == (side * 4) ** 2
+
+
+def test_cuts_in_every_dimension() -> None:
+    """Eight-dimensional boxes: two per dimension."""
+    shape = (2,) * 8
+    corners = itertools.product(range(2), repeat=8)
+    entries = [("w", "uint8", shape, Box(corner, (1,) * 8), ALL_RANKS) for corner in corners]
+    plan = plan_load(catalog_of(*entries), [Want("w", "uint8", shape, Box.whole(shape))], rank=0)
+    assert len(plan) == 256
