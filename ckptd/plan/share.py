@@ -13,6 +13,7 @@ where rank r takes what rank r had. Pure; values are bytes whose content is not 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -76,7 +77,7 @@ def _own_tensors(catalog: Catalog) -> dict[tuple[str, int], tuple[np.ndarray[tup
     pairs = np.stack([catalog.tensor[rows], catalog.rank[rows]], axis=1)
     starts = np.flatnonzero((np.diff(pairs, axis=0, prepend=-2) != 0).any(axis=1))
     found = {}
-    for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
+    for start, stop in itertools.pairwise([*starts.tolist(), len(rows)]):
         run = rows[start:stop]
         key, rank = catalog.tensors[catalog.tensor[run[0]]].key, int(catalog.rank[run[0]])
         found[key, rank] = run, catalog.crc[run].tobytes()
@@ -124,12 +125,12 @@ def object_rows(values: Mapping[tuple[str, int], bytes], *, writer: int) -> tupl
     content = bytearray(total)
     for offset, (_, _, data) in zip(offsets.tolist(), chunks, strict=True):
         content[offset : offset + len(data)] = data
-    count = len(chunks)
+    count, width = len(chunks), int(bool(chunks))
     catalog = Catalog.build(
         infos,
         [tensor for tensor, _, _ in chunks],
-        np.array([box.offsets for _, box, _ in chunks], np.int64).reshape(count, bool(count)),
-        np.array([box.sizes for _, box, _ in chunks], np.int64).reshape(count, bool(count)),
+        np.array([box.offsets for _, box, _ in chunks], np.int64).reshape(count, width),
+        np.array([box.sizes for _, box, _ in chunks], np.int64).reshape(count, width),
         crc=[crc32c(data) for _, _, data in chunks],
         writer=np.full(count, writer),
         file=np.full(count, OBJECTS_FILE),
