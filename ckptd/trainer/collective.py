@@ -1,0 +1,154 @@
+"""Collective operations of ckptd: a gloo group of its own over the ranks of torch.distributed.
+
+Owns the group and the wire form of what it carries: encoded bytes, never pickle. Apart from the job's groups, so that
+its order of collectives cannot mix with the training's. Creating a group is collective (every rank, same order), thus
+one is kept per process and world. One process without a process group is a world of one.
+
+Invariant of `together`: either it returns on every rank, or it raises the same error on every rank; a failure on one
+rank never leaves the others waiting for longer than the timeout.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from ckptd.core import errors
+from ckptd.core.config import World
+from ckptd.core.errors import CkptdError, ConfigError, DeadlineError, StoreError
+
+TIMEOUT_S = 1800.0
+"""How long a rank waits for the others in one operation; a write of its part may lie between two of them."""
+
+
+class _Answer(msgspec.Struct, array_like=True):
+    """What one rank says in `together`: its result, or the name and message of its error."""
+
+    value: bytes = b""
+    error: str = ""
+    message: str = ""
+
+
+class Group:
+    """The ranks of the job, `rank` being this process's of `size`. Made by `world`."""
+
+    def __init__(self, handle: dist.ProcessGroup | None) -> None:
+        self._handle = handle
+        self.rank = 0 if handle is None else dist.get_rank(handle)
+        self.size = 1 if handle is None else dist.get_world_size(handle)
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """What every rank gave, by rank."""
+        if self._handle is None:
+            return [data]
+        try:
+            return self._all_gather(data)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        """What rank 0 gave; the others give None."""
+        if self._handle is None:
+            assert data is not None, "rank 0 broadcasts something"
+            return data
+        try:
+            return self._broadcast(data)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def barrier(self) -> None:
+        """Returns once every rank has come."""
+        self.all_gather(b"")
+
+    def together(self, work: Callable[[], bytes]) -> list[bytes]:
+        """Does `work` on every rank and returns all results by rank; where any rank's failed, every rank raises the
+        error of the lowest of them. Errors that are not ckptd's become StoreError (OSError) or stay what they are on
+        their own rank and are ConfigError elsewhere."""
+        failure: Exception | None = None
+        try:
+            answer = _Answer(work())
+        except Exception as error:  # every rank must hear of it before it goes on
+            failure = error
+            answer = _spoken(error)
+        gathered = self.all_gather(msgspec.msgpack.encode(answer))
+        answers = [msgspec.msgpack.decode(data, type=_Answer) for data in gathered]
+        for rank, other in enumerate(answers):
+            if not other.error:
+                continue
+            if rank == self.rank and failure is not None and not isinstance(failure, OSError):
+                raise failure
+            where = f"rank {rank}: " if self.size > 1 else ""
+            raise _error_type(other.error)(where + other.message) from failure
+        return [other.value for other in answers]
+
+    def _all_gather(self, data: bytes) -> list[bytes]:
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)], dtype=torch.int64), group=self._handle)
+        longest = int(max(lengths))
+        if not longest:
+            return [b""] * self.size
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        if data:
+            mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        received = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(received, mine, group=self._handle)
+        return [value.numpy()[: int(length)].tobytes() for value, length in zip(received, lengths, strict=True)]
+
+    def _broadcast(self, data: bytes | None) -> bytes:
+        assert self._handle is not None
+        source = dist.get_global_rank(self._handle, 0)
+        length = torch.tensor([len(data) if data is not None else 0], dtype=torch.int64)
+        dist.broadcast(length, source, group=self._handle)
+        if not int(length):
+            return b""
+        value = torch.empty(int(length), dtype=torch.uint8)
+        if data is not None:
+            value = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(value, source, group=self._handle)
+        return value.numpy().tobytes()
+
+    def _lost(self, error: RuntimeError) -> DeadlineError:
+        return DeadlineError(
+            f"rank {self.rank} of {self.size}: another rank did not take part in an exchange of ckptd; it has died, "
+            f"hangs, or called something else. gloo says: {error}"
+        )
+
+
+def _spoken(error: Exception) -> _Answer:
+    if isinstance(error, CkptdError):
+        return _Answer(error=type(error).__name__, message=str(error))
+    named = StoreError if isinstance(error, OSError) else ConfigError
+    return _Answer(error=named.__name__, message=f"{type(error).__name__}: {error}")
+
+
+def _error_type(name: str) -> type[CkptdError]:
+    found = getattr(errors, name, None)
+    return found if isinstance(found, type) and issubclass(found, CkptdError) else StoreError
+
+
+_kept: tuple[object, Group] | None = None
+
+
+def world(timeout_s: float = TIMEOUT_S) -> Group:
+    """The group of all ranks. Collective on its first use in a process group: every rank calls it.
+
+    Raises ConfigError where WORLD_SIZE says that there are other ranks and torch.distributed is not initialised.
+    """
+    global _kept
+    if not (dist.is_available() and dist.is_initialized()):
+        size = World.from_environment().size
+        if size > 1:
+            raise ConfigError(
+                f"WORLD_SIZE={size} but torch.distributed is not initialised: call "
+                "torch.distributed.init_process_group() first, or unset WORLD_SIZE if this process is on its own"
+            )
+        return Group(None)
+    default = dist.group.WORLD
+    if _kept is None or _kept[0] is not default:
+        timeout = datetime.timedelta(seconds=timeout_s)
+        _kept = default, Group(dist.new_group(backend="gloo", timeout=timeout) if dist.get_world_size() > 1 else None)
+    return _kept[1]
