@@ -1,1 +1,5 @@
-"""The universal checkpoint format as bytes: chunks, objects, manifest, COMMIT. No I/O. Specified in docs/format.md."""
+"""Bytes of checkpoints: chunks, manifest parts, objects, COMMIT and epoch records. docs/format.md is the contract.
+
+Pure: bytes in, values out; no files, no clock, no torch. Whatever breaks a rule of the document is a FormatError,
+raised before anything large is allocated.
+"""
