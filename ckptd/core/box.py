@@ -34,8 +34,7 @@ class Box(NamedTuple):
         """The common part, or None where they share no element."""
         low = tuple(max(p, q) for p, q in zip(self.offsets, other.offsets, strict=True))
         high = tuple(
-            min(p + s, q + t)
-            for p, s, q, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+            min(p + s, q + t) for p, s, q, t in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         )
         sizes = tuple(h - lo for lo, h in zip(low, high, strict=True))
         return Box(low, sizes) if all(s > 0 for s in sizes) else None
@@ -47,8 +46,7 @@ class Box(NamedTuple):
     def inside(self, shape: Sequence[int]) -> bool:
         """Whether it lies within a tensor of `shape`."""
         return len(shape) == len(self.offsets) and all(
-            o >= 0 and s >= 0 and o + s <= n
-            for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
+            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
         )
 
 

@@ -39,7 +39,7 @@ class Level(str, enum.Enum):
     def __lt__(self, other: Any) -> bool:
         if not isinstance(other, str):
             return NotImplemented
-        return self.order < Level(other).order
+        return bool(self.order < Level(other).order)
 
     def __le__(self, other: Any) -> bool:
         return self == other or self < other

@@ -1,0 +1,500 @@
+"""The daemon process: carries out what the node machine (protocol/node.py) decides.
+
+Owns the sockets, the descriptors of the arena, the ledger, the watch over trainers' processes and the flush thread.
+One asyncio loop; the store is touched only in worker threads. Whatever the machine decides is in the ledger before it
+is carried out, so that the next daemon, started by the keeper, goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import logging
+import os
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ckptd.core.config import node_name
+from ckptd.core.errors import CkptdError, FormatError
+from ckptd.core.types import Job
+from ckptd.daemon import flush as flushing
+from ckptd.daemon.address import Address, address_of, listen, take_lock
+from ckptd.daemon.launch import start_keeper
+from ckptd.daemon.wire import receive, send
+from ckptd.observe.logging import to_stderr
+from ckptd.protocol import messages as m
+from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, StartFlush, WriteRecord
+from ckptd.protocol.node import NodeMachine
+from ckptd.protocol.state import NodeState
+from ckptd.tiers.arena import Ledger, Slot, SnapshotReader
+from ckptd.tiers.memory import headroom
+from ckptd.tiers.store import Store
+
+log = logging.getLogger("ckptd.daemon")
+
+TICK_S = 0.25
+MAX_BACKLOG = 10_000
+"""Messages that may wait for a connection that does not read; beyond it is cut."""
+
+LEAVE_S = 10.0
+"""How long a cancelled flush may take to notice."""
+
+
+class Peer:
+    """One connection."""
+
+    def __init__(self, number: int, connection: socket.socket) -> None:
+        self.number = number
+        self.connection = connection
+        self.backlog: collections.deque[tuple[m.Message, list[int]]] = collections.deque()
+        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        self.pid, self.uid = pid, uid
+
+
+class Keeper:
+    """This side of the channel to the keeper; starts another one when it is killed."""
+
+    def __init__(self, address: Address, descriptor: int | None, kept: Callable[[], dict[str, int]]) -> None:
+        self._address = address
+        self._kept = kept
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel = socket.socket(fileno=descriptor) if descriptor is not None else self._adopt()
+
+    def _adopt(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process = start_keeper(self._address, adopt=theirs)
+        theirs.close()
+        return ours
+
+    def handed_over(self) -> dict[str, int]:
+        """What the keeper kept for us: name -> descriptor. Called once, at the start."""
+        found: dict[str, int] = {}
+        while True:
+            packet, descriptors, _, _ = socket.recv_fds(self._channel, 4096, 1, socket.MSG_CMSG_CLOEXEC)
+            if packet[:1] != b"K" or not descriptors:
+                return found
+            found[packet[1:].decode()] = descriptors[0]
+
+    def fileno(self) -> int:
+        return self._channel.fileno()
+
+    def keep(self, name: str, descriptor: int) -> None:
+        with contextlib.suppress(OSError):
+            socket.send_fds(self._channel, [b"K" + name.encode()], [descriptor])
+
+    def drop(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.send(b"D" + name.encode())
+
+    def leave(self) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.send(b"X")
+        self._channel.close()
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=LEAVE_S)
+
+    def replace(self) -> None:
+        """The keeper is dead: another one takes everything over."""
+        log.warning("the keeper was killed; starting another")
+        self._channel.close()
+        if self._process is not None:
+            self._process.poll()
+        self._channel = self._adopt()
+        for name, descriptor in self._kept().items():
+            self.keep(name, descriptor)
+
+
+class Daemon:
+    """See the module docstring."""
+
+    def __init__(self, address: Address, keeper: int | None) -> None:
+        self._address = address
+        self._keeper = Keeper(address, keeper, self._kept)
+        kept = self._keeper.handed_over() if keeper is not None else {}
+        ledger = kept.pop("ledger", None)
+        self._ledger = Ledger(ledger) if ledger is not None else Ledger.create()
+        self._slots = {int(name.removeprefix("slot/")): Slot.open(fd) for name, fd in kept.items()}
+        self._machine = NodeMachine(self._recover(), time.monotonic())
+        self._peers: dict[int, Peer] = {}
+        self._numbered = 0
+        self._pieces: dict[int, int] = {}
+        self._watched: dict[str, int] = {}
+        self._flush: flushing.Progress | None = None
+        self._cancel_flush = threading.Event()
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._leaving: asyncio.Future[str]
+        self._listening: socket.socket
+        if ledger is None:
+            self._keeper.keep("ledger", self._ledger.descriptor)
+
+    def _recover(self) -> NodeState:
+        """The state of the daemon before us, less the slots whose descriptors did not come over."""
+        payload = self._ledger.read()
+        if payload is None:
+            return NodeState(self._address.job.name)
+        state = msgspec.msgpack.decode(payload, type=NodeState)
+        table = state.table
+        lost = {slot.slot for slot in table.slots} - set(self._slots)
+        table.slots = [slot for slot in table.slots if slot.slot not in lost]
+        table.sealed = [sealed for sealed in table.sealed if not lost & set(sealed.slots.values())]
+        for granted in table.granted:
+            granted.dead = granted.dead or bool(lost & set(granted.slots.values()))
+        log.info("took over %d slots, epoch %s", len(self._slots), state.epoch)
+        return state
+
+    def _kept(self) -> dict[str, int]:
+        slots = {f"slot/{number}": slot.descriptor for number, slot in self._slots.items()}
+        return {"ledger": self._ledger.descriptor, **slots}
+
+    # --- the loop
+
+    async def serve(self) -> str:
+        """Until the machine says to leave; returns why."""
+        loop = asyncio.get_running_loop()
+        self._leaving = loop.create_future()
+        for instance, (pid, started) in list(self._machine.state.processes.items()):
+            self._watch(instance, pid, started)
+        self._listening = listen(self._address)
+        loop.add_reader(self._listening.fileno(), self._accept)
+        loop.add_reader(self._keeper.fileno(), self._keeper_speaks)
+        self._tick()
+        try:
+            return await self._leaving
+        finally:
+            await self._leave()
+
+    def _tick(self) -> None:
+        self._machine.tick(time.monotonic())
+        self._carry_out()
+        asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def _keeper_speaks(self) -> None:
+        """A keeper only speaks at the start: anything now is the end of its channel."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._keeper.fileno())
+        self._keeper.replace()
+        loop.add_reader(self._keeper.fileno(), self._keeper_speaks)
+
+    def _accept(self) -> None:
+        connection, _ = self._listening.accept()
+        connection.setblocking(False)
+        self._numbered += 1
+        peer = Peer(self._numbered, connection)
+        if peer.uid != os.getuid():
+            log.warning("refused a connection of uid %d", peer.uid)
+            connection.close()
+            return
+        self._peers[peer.number] = peer
+        asyncio.get_running_loop().add_reader(connection.fileno(), self._readable, peer)
+
+    def _readable(self, peer: Peer) -> None:
+        try:
+            received = receive(peer.connection, "to")
+        except (BlockingIOError, InterruptedError):
+            return
+        except FormatError as error:
+            log.warning("connection %d (pid %d): %s", peer.number, peer.pid, error)
+            received = None
+        except OSError:
+            received = None
+        if received is None:
+            self._close(peer)
+        else:
+            self._handle(peer, *received)
+        self._carry_out()
+
+    def _handle(self, peer: Peer, message: m.Message, descriptors: list[int]) -> None:
+        now = time.monotonic()
+        process, available = None, 0
+        match message:
+            case m.Hello():
+                process = self._identify(peer.pid)
+            case m.Pieces() if descriptors:
+                self._take_pieces(peer, descriptors.pop())
+            case m.Layout():
+                available = self._available()
+            case m.Ready() if descriptors and not self._take_slot(message.slot, descriptors.pop()):
+                return
+            case m.Ready() if message.slot not in self._slots:
+                return
+            case _:
+                pass
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self._machine.handle(peer.number, message, now, process=process, available_bytes=available)
+        if isinstance(message, m.Hello) and process is not None:
+            self._watch(message.instance, *process)
+
+    def _carry_out(self) -> None:
+        """Persists what was decided, then acts."""
+        actions = self._machine.take()
+        self._ledger.write(msgspec.msgpack.encode(self._machine.state))
+        for action in actions:
+            self._act(action)
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case Send():
+                self._send(action)
+            case Disconnect():
+                if (peer := self._peers.get(action.peer)) is not None:
+                    self._close(peer)
+            case Drop():
+                self._keeper.drop(f"slot/{action.slot}")
+                if (slot := self._slots.pop(action.slot, None)) is not None:
+                    slot.close()
+            case WriteRecord():
+                self._in_thread(self._write_record, action, self._recorded)
+            case StartFlush():
+                log.info("flushing %s to %s", action.snapshot, action.store)
+                self._in_thread(self._run_flush, action, self._flushed)
+            case Exit():
+                if not self._leaving.done():
+                    self._leaving.set_result(action.reason)
+
+    # --- connections
+
+    def _send(self, action: Send) -> None:
+        peer = self._peers.get(action.peer)
+        if peer is None:
+            return
+        message = action.message
+        if isinstance(message, m.Welcome):
+            message = msgspec.structs.replace(message, pid=os.getpid())
+        if isinstance(message, m.Report):
+            message = m.Report({**message.report, **self._report()})
+        held = [os.dup(self._slots[n].descriptor) for n in action.slots if n in self._slots]
+        held += [_read_only(self._slots[n].descriptor) for n in action.readable if n in self._slots]
+        held += [_read_only(self._pieces[n]) for n in action.pieces if n in self._pieces]
+        peer.backlog.append((message, held))
+        self._drain(peer)
+
+    def _drain(self, peer: Peer) -> None:
+        """Sends what waits; the rest when the connection takes it."""
+        loop = asyncio.get_running_loop()
+        while peer.backlog:
+            message, descriptors = peer.backlog[0]
+            try:
+                send(peer.connection, message, descriptors)
+            except BlockingIOError:
+                if len(peer.backlog) > MAX_BACKLOG:
+                    log.warning("connection %d (pid %d) does not read; cut", peer.number, peer.pid)
+                    break
+                loop.add_writer(peer.connection.fileno(), self._drain, peer)
+                return
+            except OSError:
+                break
+            peer.backlog.popleft()
+            _close_all(descriptors)
+        if peer.connection.fileno() >= 0:
+            loop.remove_writer(peer.connection.fileno())
+        if peer.backlog:
+            loop.call_soon(self._close_and_act, peer)
+
+    def _close_and_act(self, peer: Peer) -> None:
+        self._close(peer)
+        self._carry_out()
+
+    def _close(self, peer: Peer) -> None:
+        if self._peers.pop(peer.number, None) is None:
+            return
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(peer.connection.fileno())
+        loop.remove_writer(peer.connection.fileno())
+        peer.connection.close()
+        for _, descriptors in peer.backlog:
+            _close_all(descriptors)
+        self._machine.gone(peer.number, time.monotonic())
+
+    # --- processes
+
+    def _identify(self, pid: int) -> tuple[int, int] | None:
+        started = _start_time(pid)
+        return None if started is None else (pid, started)
+
+    def _watch(self, instance: str, pid: int, started: int) -> None:
+        """Liveness is the pidfd: a forked DataLoader worker may hold the socket open after its parent's death."""
+        if instance in self._watched:
+            return
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            descriptor = -1
+        if descriptor < 0 or _start_time(pid) != started:
+            if descriptor >= 0:
+                os.close(descriptor)
+            self._machine.dead(instance, time.monotonic())
+            return
+        self._watched[instance] = descriptor
+        asyncio.get_running_loop().add_reader(descriptor, self._ended, instance)
+
+    def _ended(self, instance: str) -> None:
+        descriptor = self._watched.pop(instance)
+        asyncio.get_running_loop().remove_reader(descriptor)
+        os.close(descriptor)
+        self._machine.dead(instance, time.monotonic())
+        self._carry_out()
+
+    # --- memory
+
+    def _take_pieces(self, peer: Peer, descriptor: int) -> None:
+        rank = next((r for r, x in self._machine.members.items() if x.peer == peer.number), None)
+        if rank is None:
+            os.close(descriptor)
+            return
+        old = self._pieces.pop(rank, None)
+        self._pieces[rank] = descriptor
+        if old is not None:
+            os.close(old)
+
+    def _take_slot(self, number: int, descriptor: int) -> bool:
+        """Keeps a slot that a trainer made as it was told to; refuses any other."""
+        expected = self._machine.state.table.get(number)
+        try:
+            slot = Slot.open(descriptor)
+            if expected is None or number in self._slots:
+                raise FormatError(f"slot {number} is not expected")
+            found = (slot.geometry.rank, slot.geometry.digest, slot.geometry.size)
+            if found != (expected.rank, expected.digest, expected.size):
+                raise FormatError(f"slot {number}: is {found}, should be another")
+        except FormatError as error:
+            log.warning("%s", error)
+            os.close(descriptor)
+            return False
+        self._slots[number] = slot
+        self._keeper.keep(f"slot/{number}", descriptor)
+        return True
+
+    def _available(self) -> int:
+        """Bytes that new slots may take: the machine's and the cgroups' headroom, and what the job allowed itself."""
+        room = headroom().available
+        policy = self._machine.state.policy
+        if policy is not None and policy.memory_bytes is not None:
+            room = min(room, policy.memory_bytes - sum(slot.size for slot in self._machine.state.table.slots))
+        return max(0, room)
+
+    # --- the store, in threads
+
+    def _in_thread(self, work: Callable[[Any], None], action: Any, done: Callable[[Any, str | None], None]) -> None:
+        async def run() -> None:
+            error = None
+            try:
+                await asyncio.to_thread(work, action)
+            except CkptdError as caught:
+                error = str(caught)
+            except Exception as caught:
+                log.exception("%s failed", type(action).__name__)
+                error = f"{type(caught).__name__}: {caught}"
+            done(action, error)
+            self._carry_out()
+
+        task = asyncio.ensure_future(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _write_record(self, action: WriteRecord) -> None:
+        store = Store.open(action.store, create=True)
+        store.probe()
+        store.write_record(action.record)
+
+    def _recorded(self, action: WriteRecord, error: str | None) -> None:
+        self._machine.recorded(action.peer, error, time.monotonic())
+
+    def _run_flush(self, action: StartFlush) -> None:
+        flushing.yield_to_training()
+        slots = [Slot.open(os.dup(self._slots[number].descriptor)) for number in action.slots]
+        reader = SnapshotReader(action.snapshot, slots)
+        self._flush = flushing.Progress(action.snapshot.step, 0)
+        try:
+            flushing.flush(
+                reader, action.store, self._address.job.name, action.keep, self._flush, self._cancel_flush.is_set
+            )
+        finally:
+            reader.close()
+            self._flush = None
+
+    def _flushed(self, action: StartFlush, error: str | None) -> None:
+        now = time.monotonic()
+        if error is None:
+            log.info("%s is durable in %s", action.snapshot, action.store)
+            self._machine.flush_done(action.snapshot, action.store, now)
+        else:
+            log.error("flush of %s failed: %s", action.snapshot, error)
+            self._machine.flush_failed(action.snapshot, action.store, error, now)
+
+    # --- the end
+
+    def _report(self) -> dict[str, Any]:
+        progress = self._flush
+        return {
+            "digest": self._address.job.digest,
+            "node": node_name(),
+            "pid": os.getpid(),
+            "flush": None
+            if progress is None
+            else {"step": progress.step, "done_bytes": progress.done_bytes, "total_bytes": progress.total_bytes},
+        }
+
+    async def _leave(self) -> None:
+        """Frees everything: connections, memory, keeper, files."""
+        self._cancel_flush.set()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=LEAVE_S)
+        asyncio.get_running_loop().remove_reader(self._keeper.fileno())
+        for peer in list(self._peers.values()):
+            await self._last_words(peer)
+            self._close(peer)
+        self._address.remove()
+        self._keeper.leave()
+        self._listening.close()
+
+    async def _last_words(self, peer: Peer) -> None:
+        for _ in range(100):
+            if not peer.backlog or peer.number not in self._peers:
+                return
+            await asyncio.sleep(0.01)
+
+
+def run(job: str, keeper: int | None = None) -> int:
+    """The daemon of `job` on this node, until the job closes; returns the exit status. `keeper`: its channel."""
+    to_stderr("ckptd-daemon")
+    address = address_of(Job(job))
+    address.create()
+    lock = take_lock(address.lock)
+    if lock is None:
+        log.error("another daemon serves job %r on this node (%s)", job, address.directory)
+        if keeper is not None:
+            with contextlib.suppress(OSError):
+                socket.socket(fileno=keeper).send(b"X")
+        return 1
+    reason = asyncio.run(Daemon(address, keeper).serve())
+    log.info("leaving: %s", reason)
+    return 0
+
+
+def _close_all(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _read_only(descriptor: int) -> int:
+    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _start_time(pid: int) -> int | None:
+    """Clock ticks from boot to the start of a process: with the pid, it names a process for good."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])

@@ -1,0 +1,127 @@
+"""A rank's session with its daemon: one thread that sends, receives, and comes back after a lost connection.
+
+The training thread never touches the socket: it puts messages into a queue. After a reconnection both sides repeat
+what they last said (docs/protocol.md), so a killed daemon costs at most the snapshot in flight.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from typing import Protocol
+
+from ckptd.core.errors import CkptdError, DaemonError, FormatError
+from ckptd.daemon.address import Address
+from ckptd.daemon.launch import reach
+from ckptd.daemon.wire import receive, send
+from ckptd.protocol import messages as m
+
+log = logging.getLogger("ckptd.session")
+
+PATIENCE_S = 5.0
+"""How long to wait for a killed daemon to be started again by its keeper before starting one."""
+
+RETRY_S = 1.0
+
+
+class Handler(Protocol):
+    """The trainer's side of the conversation; called on the session's thread."""
+
+    def received(self, message: m.Message, descriptors: list[int]) -> None:
+        """A message came; the descriptors are the handler's to close."""
+
+    def repeat(self) -> list[m.Message]:
+        """What to say again after a reconnection (after Hello)."""
+
+
+class Session:
+    """See the module docstring. Thread-safe."""
+
+    def __init__(self, address: Address, connection: socket.socket, hello: m.Hello, handler: Handler) -> None:
+        """`connection` is open and nothing was said on it yet as this rank."""
+        self._address = address
+        self._connection = connection
+        self._hello = hello
+        self._handler = handler
+        self._queue: collections.deque[tuple[m.Message, list[int]]] = collections.deque()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._ended = False
+        self.lost = 0
+        self._thread = threading.Thread(target=self._run, name="ckptd-session", daemon=True)
+        self._queue.append((hello, []))
+        os.eventfd_write(self._wake, 1)
+        self._thread.start()
+
+    def say(self, message: m.Message, descriptors: list[int] | None = None) -> None:
+        """Queues a message; `descriptors` are closed once sent."""
+        self._queue.append((message, descriptors or []))
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+
+    def end(self, timeout_s: float = 5.0) -> None:
+        """Sends what is queued and closes the connection."""
+        self._ended = True
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._converse()
+            except (OSError, FormatError) as error:
+                log.debug("connection lost: %s", error)
+            self._connection.close()
+            if self._ended:
+                break
+            self.lost += 1
+            self._come_back()
+        os.close(self._wake)
+
+    def _converse(self) -> None:
+        """Until the connection is lost (returns or raises) or the session has ended and all is sent."""
+        while True:
+            readable, _, _ = select.select([self._connection, self._wake], [], [])
+            if self._wake in readable:
+                os.eventfd_read(self._wake)
+                while self._queue:
+                    message, descriptors = self._queue[0]
+                    send(self._connection, message, descriptors)
+                    self._queue.popleft()
+                    for descriptor in descriptors:
+                        os.close(descriptor)
+            if self._ended:
+                return
+            if self._connection in readable:
+                received = receive(self._connection, "from")
+                if received is None:
+                    return
+                self._handle(*received)
+
+    def _handle(self, message: m.Message, descriptors: list[int]) -> None:
+        try:
+            self._handler.received(message, descriptors)
+        except Exception:
+            log.exception("%s could not be handled", type(message).__name__)
+
+    def _come_back(self) -> None:
+        while not self._ended:
+            try:
+                self._connection = reach(self._address, patience_s=PATIENCE_S)
+                break
+            except (CkptdError, DaemonError, OSError) as error:
+                log.warning("no daemon: %s", error)
+                time.sleep(RETRY_S)
+        again = [self._hello, *self._handler.repeat()]
+        for _, descriptors in self._queue:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._queue.clear()
+        for message in again:
+            self.say(message)

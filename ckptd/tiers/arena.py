@@ -1,0 +1,349 @@
+"""The arena: snapshot memory in memfds that outlive the processes that write them.
+
+A slot is one memfd of one rank with room for one snapshot of that rank, and describes itself:
+
+    page 0   geometry: rank, layout digest, where the parts lie; written once, checksummed
+    page 1-2 two state records, written in turn, checksummed: which snapshot the slot holds (or that it is being
+             written); the valid record with the higher sequence number counts, so a torn write loses nothing
+    table    the catalog of the rank's chunks (format/table.py); then CRCs, objects, and the data from a page boundary on
+
+The trainer writes, the daemon and other readers only read, by descriptor; they copy bytes out first and verify the
+copy. Sealed against shrinking and growing, so that a reader never meets SIGBUS.
+The ledger is one more memfd, written by the daemon alone: its NodeState, twice, in turn.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ckptd.core.catalog import Catalog
+from ckptd.core.errors import CorruptionError, FormatError
+from ckptd.core.native import address_of, crc32c, populate
+from ckptd.core.types import SnapshotId
+from ckptd.format.objects import pack_table, unpack_table
+from ckptd.format.table import decode_table, encode_table
+from ckptd.plan.share import OBJECTS_FILE, object_rows, share_objects, share_rows
+from ckptd.tiers.memory import allocate
+
+PAGE = 4096
+READ_BYTES = 256 * 1024
+"""Copied and checksummed at a time, so that the checksum finds the bytes in cache."""
+
+MAX_SLOT_BYTES = 2**45
+_RECORD = struct.Struct("<8sQII")  # magic, sequence, payload bytes, CRC32C of magic..bytes and payload
+_GEOMETRY, _STATE, _LEDGER = b"CKPTGEO1", b"CKPTSTA1", b"CKPTLED1"
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Geometry(msgspec.Struct, frozen=True):
+    """Where the parts of a slot lie; all offsets and sizes in bytes."""
+
+    rank: int
+    digest: str
+    table_offset: int
+    table_bytes: int
+    crc_offset: int
+    chunks: int
+    objects_offset: int
+    objects_bytes: int
+    data_offset: int
+    data_bytes: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole slot."""
+        return _aligned(self.data_offset + max(self.data_bytes, 1))
+
+    def check(self) -> Geometry:
+        """Itself, if the parts follow each other; raises FormatError."""
+        ends = (
+            3 * PAGE,
+            self.table_offset,
+            self.table_offset + self.table_bytes,
+            self.crc_offset,
+            self.crc_offset + 4 * self.chunks,
+            self.objects_offset,
+            self.objects_offset + self.objects_bytes,
+            self.data_offset,
+            self.data_offset + self.data_bytes,
+            MAX_SLOT_BYTES,
+        )
+        if list(ends) != sorted(ends) or self.rank < 0 or self.data_offset % PAGE:
+            raise FormatError("slot: its parts overlap")
+        return self
+
+
+class State(msgspec.Struct, frozen=True):
+    """What a slot holds; `snapshot` None: nothing whole."""
+
+    snapshot: SnapshotId | None = None
+    objects_bytes: int = 0
+    objects_crc: int = 0
+    crcs_crc: int = 0
+
+
+def layout(rank: int, catalog: Catalog, objects_bytes: int) -> tuple[Geometry, bytes]:
+    """Geometry and table of slots for the chunks of `catalog` (file_offset = offset in the data)."""
+    table = encode_table(catalog)
+    data_bytes = int((catalog.file_offset + catalog.raw).max(initial=0))
+    crc_offset = 3 * PAGE + _aligned(len(table))
+    objects_offset = crc_offset + _aligned(4 * len(catalog))
+    data_offset = objects_offset + _aligned(objects_bytes)
+    digest = hashlib.sha256(b"%d/%d/" % (rank, objects_bytes) + table).hexdigest()[:32]
+    return Geometry(
+        rank,
+        digest,
+        3 * PAGE,
+        len(table),
+        crc_offset,
+        len(catalog),
+        objects_offset,
+        objects_bytes,
+        data_offset,
+        data_bytes,
+    ), table
+
+
+class Slot:
+    """One slot. Owns its descriptor. `create`d and written by a trainer, `open`ed by readers."""
+
+    def __init__(self, descriptor: int, geometry: Geometry) -> None:
+        self.descriptor = descriptor
+        self.geometry = geometry
+        self._mapping: mmap.mmap | None = None
+        self._catalog: Catalog | None = None
+
+    @classmethod
+    def create(cls, geometry: Geometry, table: bytes) -> Slot:
+        """A new slot, all its memory allocated. Raises ConfigError where memory is short."""
+        descriptor = os.memfd_create(f"ckptd-slot-{geometry.rank}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.fchmod(descriptor, 0o600)
+            os.ftruncate(descriptor, geometry.size)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+            allocate(descriptor, geometry.size)
+            _write_record(descriptor, 0, _GEOMETRY, 1, msgspec.msgpack.encode(geometry))
+            os.pwrite(descriptor, table, geometry.table_offset)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(descriptor, geometry)
+
+    @classmethod
+    def open(cls, descriptor: int) -> Slot:
+        """A slot from a descriptor that somebody else made. Raises FormatError; closes nothing."""
+        try:
+            seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        except OSError as error:
+            raise FormatError(f"slot: the descriptor is not a memfd ({error.strerror})") from None
+        if seals & _SEALS != _SEALS:
+            raise FormatError("slot: not sealed against shrinking and growing")
+        found = _read_record(descriptor, 0, _GEOMETRY, PAGE)
+        if found is None:
+            raise FormatError("slot: no valid geometry")
+        try:
+            geometry = msgspec.msgpack.decode(found[1], type=Geometry).check()
+        except msgspec.MsgspecError as error:
+            raise FormatError(f"slot: geometry: {error}") from None
+        if os.fstat(descriptor).st_size != geometry.size:
+            raise FormatError(f"slot: {os.fstat(descriptor).st_size} bytes, its geometry says {geometry.size}")
+        return cls(descriptor, geometry)
+
+    # --- writing (trainer)
+
+    def map(self) -> int:
+        """Maps the data for writing, populates it, and returns its address. Kept out of forked children."""
+        if self._mapping is None:
+            size = self.geometry.size - self.geometry.data_offset
+            mapping = mmap.mmap(self.descriptor, size, offset=self.geometry.data_offset)
+            mapping.madvise(mmap.MADV_DONTFORK)
+            populate(address_of(mapping), size, write=True)
+            self._mapping = mapping
+        return address_of(self._mapping)
+
+    def begin(self) -> None:
+        """From here on the slot holds nothing whole."""
+        self._write_state(State())
+
+    def commit(self, snapshot: SnapshotId, crcs: npt.NDArray[np.uint32], objects: bytes) -> None:
+        """The slot holds `snapshot`: one CRC32C per chunk and the packed objects."""
+        if len(crcs) != self.geometry.chunks or len(objects) > self.geometry.objects_bytes:
+            raise ValueError("slot: what is committed does not fit its layout")
+        raw = crcs.astype("<u4").tobytes()
+        os.pwrite(self.descriptor, raw, self.geometry.crc_offset)
+        os.pwrite(self.descriptor, objects, self.geometry.objects_offset)
+        self._write_state(State(snapshot, len(objects), crc32c(objects), crc32c(raw)))
+
+    # --- reading
+
+    def state(self) -> State:
+        """What the slot holds now."""
+        found = self._newest_state()
+        try:
+            return State() if found is None else msgspec.msgpack.decode(found[1], type=State)
+        except msgspec.MsgspecError as error:
+            raise CorruptionError(f"slot of rank {self.geometry.rank}: state: {error}") from None
+
+    def catalog(self) -> Catalog:
+        """The chunks of the snapshot in the slot, with their CRCs. Raises CorruptionError."""
+        if self._catalog is None:
+            table = os.pread(self.descriptor, self.geometry.table_bytes, self.geometry.table_offset)
+            self._catalog = decode_table(table)
+            if len(self._catalog) != self.geometry.chunks:
+                raise CorruptionError(f"slot of rank {self.geometry.rank}: its table has another number of chunks")
+        raw = os.pread(self.descriptor, 4 * self.geometry.chunks, self.geometry.crc_offset)
+        if crc32c(raw) != self.state().crcs_crc:
+            raise CorruptionError(f"slot of rank {self.geometry.rank}: the list of checksums is damaged")
+        return self._catalog.replaced(crc=np.frombuffer(raw, "<u4"))
+
+    def objects(self) -> dict[str, bytes]:
+        """path -> encoded object. Raises CorruptionError."""
+        state = self.state()
+        size = min(state.objects_bytes, self.geometry.objects_bytes)
+        packed = os.pread(self.descriptor, size, self.geometry.objects_offset)
+        if crc32c(packed) != state.objects_crc:
+            raise CorruptionError(f"slot of rank {self.geometry.rank}: its objects are damaged")
+        return unpack_table(packed) if packed else {}
+
+    def read(self, offset: int, crc: int, into: memoryview) -> None:
+        """Copies a chunk from `offset` of the data and verifies the copy. Raises CorruptionError."""
+        end = len(into)
+        if offset < 0 or offset + end > self.geometry.data_bytes:
+            raise FormatError(f"slot of rank {self.geometry.rank}: a chunk lies outside its data")
+        found = 0
+        for start in range(0, end, READ_BYTES):
+            piece = into[start : min(start + READ_BYTES, end)]
+            if os.preadv(self.descriptor, [piece], self.geometry.data_offset + offset + start) != len(piece):
+                raise CorruptionError(f"slot of rank {self.geometry.rank}: short read")
+            found = crc32c(piece, found)
+        if found != crc:
+            raise CorruptionError(
+                f"slot of rank {self.geometry.rank}: chunk at {offset}: CRC32C {found:08x}, expected {crc:08x}"
+            )
+
+    def close(self) -> None:
+        """Unmaps and closes; the memory lives as long as somebody else holds the memfd."""
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
+        os.close(self.descriptor)
+
+    def _newest_state(self) -> tuple[int, bytes] | None:
+        records = [_read_record(self.descriptor, page * PAGE, _STATE, PAGE) for page in (1, 2)]
+        return max((r for r in records if r is not None), default=None)
+
+    def _write_state(self, state: State) -> None:
+        newest = self._newest_state()
+        sequence = 1 if newest is None else newest[0] + 1
+        _write_record(self.descriptor, PAGE * (1 + sequence % 2), _STATE, sequence, msgspec.msgpack.encode(state))
+
+
+class SnapshotReader:
+    """A snapshot in memory as a tier: the slots of all ranks of one node, read by descriptor.
+
+    It looks like a stored checkpoint: what ranks have in common appears once (plan/share.py).
+    """
+
+    def __init__(self, snapshot: SnapshotId, slots: Sequence[Slot]) -> None:
+        """Takes over the slots. Raises CorruptionError where one does not hold `snapshot` whole."""
+        self.snapshot = snapshot
+        self._slots = {slot.geometry.rank: slot for slot in slots}
+        ranks = sorted(self._slots)
+        for rank in ranks:
+            if self._slots[rank].state().snapshot != snapshot:
+                raise CorruptionError(f"slot of rank {rank}: holds no whole {snapshot}")
+        self._shared, own = share_objects([self._slots[rank].objects() for rank in ranks])
+        rows, self._own_objects = object_rows(own, writer=len(ranks))
+        self._catalog = Catalog.merge([*share_rows([self._slots[rank].catalog() for rank in ranks]), rows])
+
+    def catalog(self) -> Catalog:
+        """All chunks of the snapshot; `writer` is the rank that captured each."""
+        return self._catalog
+
+    def objects(self) -> dict[str, bytes]:
+        """path -> encoded object, as rank 0 has it; a rank's own are tensors of the catalog."""
+        return self._shared
+
+    def read(self, row: int, into: memoryview) -> None:
+        """The raw bytes of one row of `catalog()`, verified. Raises CorruptionError naming the tensor."""
+        catalog = self._catalog
+        offset, crc = int(catalog.file_offset[row]), int(catalog.crc[row])
+        try:
+            if catalog.file[row] == OBJECTS_FILE:
+                into[:] = self._own_objects[offset : offset + len(into)]
+            else:
+                self._slots[int(catalog.writer[row])].read(offset, crc, into)
+        except CorruptionError as error:
+            raise CorruptionError(f"{catalog.tensors[catalog.tensor[row]].key} in {self.snapshot}: {error}") from None
+
+    def close(self) -> None:
+        """Closes the slots."""
+        for slot in self._slots.values():
+            slot.close()
+        self._slots = {}
+
+
+class Ledger:
+    """The daemon's own state in memory that a keeper holds. Two copies, written in turn."""
+
+    HALF = 4 * 1024 * 1024
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self._sequence = 0
+        self._last: bytes | None = None
+
+    @classmethod
+    def create(cls) -> Ledger:
+        """An empty ledger."""
+        descriptor = os.memfd_create("ckptd-ledger", os.MFD_CLOEXEC)
+        os.ftruncate(descriptor, 2 * cls.HALF)
+        return cls(descriptor)
+
+    def write(self, payload: bytes) -> None:
+        """Replaces the state; does nothing if it has not changed."""
+        if payload != self._last:
+            self._sequence += 1
+            _write_record(self.descriptor, self.HALF * (self._sequence % 2), _LEDGER, self._sequence, payload)
+            self._last = payload
+
+    def read(self) -> bytes | None:
+        """The newest whole state."""
+        halves = [_read_record(self.descriptor, half * self.HALF, _LEDGER, self.HALF) for half in (0, 1)]
+        newest = max((half for half in halves if half is not None), default=None)
+        if newest is None:
+            return None
+        self._sequence, self._last = newest
+        return newest[1]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // PAGE) * PAGE
+
+
+def _write_record(descriptor: int, offset: int, magic: bytes, sequence: int, payload: bytes) -> None:
+    head = struct.pack("<8sQI", magic, sequence, len(payload))
+    checksum = crc32c(payload, crc32c(head))
+    os.pwrite(descriptor, head + struct.pack("<I", checksum) + payload, offset)
+
+
+def _read_record(descriptor: int, offset: int, magic: bytes, room: int) -> tuple[int, bytes] | None:
+    head = os.pread(descriptor, _RECORD.size, offset)
+    if len(head) < _RECORD.size:
+        return None
+    found, sequence, size, checksum = _RECORD.unpack(head)
+    if found != magic or size > room - _RECORD.size:
+        return None
+    payload = os.pread(descriptor, size, offset + _RECORD.size)
+    if crc32c(payload, crc32c(head[:-4])) != checksum:
+        return None
+    return sequence, payload

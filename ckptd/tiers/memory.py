@@ -1,0 +1,91 @@
+"""How much memory may be taken, and taking it without being killed.
+
+A memory cgroup kills instead of returning ENOSPC, even inside posix_fallocate, and writing to an unbacked memfd page on
+a full machine is a SIGBUS. So headroom is asked of every limit first, and memory is allocated in steps with a check
+before each.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from ckptd.core.errors import ConfigError
+
+STEP_BYTES = 256 * 1024 * 1024
+RESERVE_BYTES = 64 * 1024 * 1024
+"""Left free under every limit: the processes themselves need some."""
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+class Headroom(NamedTuple):
+    """Bytes that may still be taken, and the limit that says so."""
+
+    available: int
+    limit: str
+
+
+def headroom() -> Headroom:
+    """The tightest of MemAvailable and the limits of this process's memory cgroups, all ancestors included."""
+    found = [Headroom(psutil.virtual_memory().available, "MemAvailable of the machine"), *_cgroup_headrooms()]
+    tightest = min(found)
+    return Headroom(max(0, tightest.available - RESERVE_BYTES), tightest.limit)
+
+
+def _cgroup_headrooms() -> list[Headroom]:
+    found = []
+    for line in _read(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, limit, usage, inactive = _CGROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, limit = _CGROUPS / "memory", "memory.limit_in_bytes"
+            usage, inactive = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in [group, *group.parents]:
+            most, used = _read(folder / limit).strip(), _read(folder / usage).strip()
+            if most.isdigit() and used.isdigit() and int(most) < 2**60:
+                reclaimable = _statistic(_read(folder / "memory.stat"), inactive)
+                found.append(Headroom(int(most) - int(used) + reclaimable, f"{folder / limit} = {most}"))
+            if folder == root:
+                break
+    return found
+
+
+def _statistic(text: str, name: str) -> int:
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith(name + " ")), 0)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Backs `size` bytes of a memfd with memory. Raises ConfigError with needed, available and the limit."""
+    for offset in range(0, size, STEP_BYTES):
+        step = min(STEP_BYTES, size - offset)
+        room = headroom()
+        if room.available < step:
+            raise ConfigError(
+                f"snapshot memory: {size - offset} more bytes needed, {room.available} available ({room.limit})"
+            )
+        try:
+            while True:
+                try:
+                    os.posix_fallocate(descriptor, offset, step)
+                    break
+                except InterruptedError:
+                    continue
+        except OSError as error:
+            raise ConfigError(
+                f"snapshot memory: allocating {step} bytes failed ({error.strerror}); {room.available} were available"
+            ) from None
