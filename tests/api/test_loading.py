@@ -58,7 +58,7 @@ def target(key: str, value: torch.Tensor, shape: tuple[int, ...] | None = None, 
 def random(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     size = int(np.prod(shape)) * torch.empty(0, dtype=dtype).element_size()
     content = np.random.default_rng(sum(shape)).integers(0, 2 if dtype == torch.bool else 256, size, np.uint8)
-    return torch.tensor(content).view(dtype).view(shape)
+    return torch.tensor(content).view(dtype).view(shape) if size else torch.empty(shape, dtype=dtype)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
