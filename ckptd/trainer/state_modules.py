@@ -1,0 +1,225 @@
+"""Modules as sources: the names and tensors of parameters and persistent buffers.
+
+A parameter is known by identity; its name is the path of attributes from the module of the mapping, without the
+wrappers DDP, DataParallel, FSDP, compile and activation checkpointing. Modules under FSDP2 may show unsharded
+parameters at a boundary (after a forward without backward); the sharded ones are asked from FSDP itself, which moves
+nothing. Tied tensors have one canonical key, the first; the others are aliases. Nothing here changes a module but
+`reshard`, before a restore.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckptd.core.errors import ConfigError
+from ckptd.core.types import join_key
+from ckptd.trainer.state_tensors import Share, Source, is_dtensor, local_of, sources_of
+from ckptd.trainer.state_values import Packed, pack
+
+EXTRA = "_extra_state"
+_WRAPPER_NAMES = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+@dataclasses.dataclass(slots=True)
+class Entry:
+    """One parameter or persistent buffer at one place: `tensor` is what its module owns (sharded, under FSDP2)."""
+
+    path: str
+    name: str
+    key: str
+    tensor: torch.Tensor
+    parameter: bool
+
+
+class Modules:
+    """The modules of a mapping, by path, as they are at construction of this object."""
+
+    def __init__(self, modules: Sequence[tuple[str, nn.Module]]) -> None:
+        self._modules = modules
+        self._sharded = _sharded_parameters(modules)
+        self._visited: list[tuple[str, str, nn.Module]] = [
+            (path, prefix, module) for path, root in modules for prefix, module in _walk(root, "", path, ())
+        ]
+        self._fsdp: list[tuple[Any, Any, torch.Tensor]] = []
+        self._places = [entry for visited in self._visited for entry in self._own(*visited)]
+        self.entries: list[Entry] = []
+        """Canonical ones."""
+        self.aliases: dict[str, str] = {}
+        """Key of a tied tensor -> its canonical key."""
+        self._tie()
+
+    def _tie(self) -> None:
+        first: dict[object, str] = {}
+        for entry in self._places:
+            canonical = first.setdefault(_identity(entry), entry.key)
+            if canonical == entry.key:
+                self.entries.append(entry)
+            else:
+                self.aliases[entry.key] = canonical
+        repeated = [key for key, count in Counter(entry.key for entry in self.entries).items() if count > 1]
+        if repeated:
+            raise ConfigError(f"{repeated[0]}: two tensors have this name; rename one of the modules")
+
+    def _own(self, path: str, prefix: str, module: nn.Module) -> Iterator[Entry]:
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            sharded = self._sharded.get((id(module), name))
+            if sharded is not None:
+                parameter = sharded.sharded_param
+                self._fsdp.append((sharded, parameter, local_of(parameter)))
+            if nn.parameter.is_lazy(parameter):
+                raise ConfigError(f"{path}/{prefix}{name}: has no shape yet; run a forward before checkpointing")
+            yield _entry(path, prefix + name, parameter, True)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield _entry(path, prefix + name, buffer, False)
+
+    def names(self) -> dict[int, str]:
+        """Identity of each parameter -> its name in keys of optimizer state: its FQN, or `<module path>.<fqn>` for
+        those whose FQN stands for several parameters of the mapping."""
+        found: dict[int, tuple[str, str]] = {}
+        for entry in self._places:
+            if entry.parameter:
+                found.setdefault(id(entry.tensor), (entry.path, entry.name))
+        count = Counter(name for _, name in found.values())
+        return {
+            identity: name if count[name] == 1 else f"{path.replace('/', '.')}.{name}"
+            for identity, (path, name) in found.items()
+        }
+
+    def sources(self, windowed: set[int]) -> list[Source]:
+        """Canonical sources; `windowed` holds the identities of the parameters that optimizers step."""
+        made: list[Source] = []
+        for entry in self.entries:
+            tensor = entry.tensor
+            share = Share.REPLICATED if entry.parameter else Share.PER_RANK
+            made += sources_of(
+                entry.key, tensor, share, windowed=id(tensor) in windowed and tensor.requires_grad
+            )
+        return made
+
+    def extras(self) -> list[tuple[nn.Module, Packed]]:
+        """Extra states, packed, of the modules that define one."""
+        found = []
+        seen: set[int] = set()
+        for path, prefix, module in self._visited:
+            if type(module).get_extra_state is not nn.Module.get_extra_state and id(module) not in seen:
+                seen.add(id(module))
+                elements = (EXTRA, prefix.removesuffix(".")) if prefix else (EXTRA,)
+                place = f"{path}/{join_key(*elements)}"
+                found.append((module, pack(module.get_extra_state(), place, Share.PER_RANK)))
+        return found
+
+    def watch(self) -> ModulesWatch:
+        """What to compare later, to see that the modules still own the same tensors."""
+        modules = list({id(module): module for _, _, module in self._visited}.values())
+        managed = {module for module, _ in self._sharded}
+        tables: list[Mapping[str, Any]] = []
+        for module in modules:
+            tables += [module._buffers, module._modules]
+            if id(module) not in managed:
+                tables.append(module._parameters)
+        return ModulesWatch(
+            [(table, list(table.values())) for table in tables if table],
+            [table for table in tables if not table],
+            self._fsdp,
+            [entry.tensor for entry in self.entries if entry.parameter],
+            [entry.tensor.requires_grad for entry in self.entries if entry.parameter],
+        )
+
+    def reshard(self) -> None:
+        """Gives FSDP2 modules their sharded parameters back, so that a forward gathers what was restored."""
+        for _, _, module in self._visited:
+            if hasattr(module, "_get_fsdp_state"):
+                module.reshard()
+
+
+@dataclasses.dataclass(slots=True)
+class ModulesWatch:
+    """The tables of modules and what stood in them."""
+
+    filled: list[tuple[Mapping[str, Any], list[Any]]]
+    empty: list[Mapping[str, Any]]
+    fsdp: list[tuple[Any, Any, torch.Tensor]]
+    parameters: list[torch.Tensor]
+    trained: list[bool]
+
+    def unchanged(self) -> bool:
+        return (
+            not any(self.empty)
+            and all(same(table.values(), values) for table, values in self.filled)
+            and all(f.sharded_param is p and p._local_tensor is local for f, p, local in self.fsdp)
+            and [parameter.requires_grad for parameter in self.parameters] == self.trained
+        )
+
+
+def same(found: Any, expected: Sequence[Any]) -> bool:
+    """Whether two collections hold the same objects in the same order."""
+    return len(found) == len(expected) and all(map(operator.is_, found, expected))
+
+
+def _entry(path: str, name: str, tensor: torch.Tensor, parameter: bool) -> Entry:
+    return Entry(path, name, f"{path}/{join_key(name)}", tensor, parameter)
+
+
+def _identity(entry: Entry) -> object:
+    """Equal for tensors that are one: the same object, or the same memory seen in the same way."""
+    tensor = local_of(entry.tensor)
+    if tensor.numel() == 0 or tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return id(entry.tensor)
+    shape = tuple(entry.tensor.shape)
+    return (entry.parameter, tensor.data_ptr(), tensor.device, tensor.dtype, shape, tuple(tensor.shape), tensor.stride())
+
+
+def _walk(module: nn.Module, prefix: str, path: str, above: tuple[int, ...]) -> Iterator[tuple[str, nn.Module]]:
+    """(prefix, module) of a module and all below it, each place of a shared module, wrappers without a name."""
+    _refuse_flat_sharding(module, f"{path}/{prefix}")
+    yield prefix, module
+    above = (*above, id(module))
+    for name, child in module._modules.items():
+        if child is None or id(child) in above:
+            continue
+        wrapped = name in _WRAPPER_NAMES or (name == "module" and isinstance(module, _WRAPPERS))
+        yield from _walk(child, prefix if wrapped else f"{prefix}{name}.", path, above)
+
+
+def _refuse_flat_sharding(module: nn.Module, place: str) -> None:
+    """FSDP1 keeps flat ranges of concatenated parameters; only its unsharded form has tensors of their own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FullyShardedDataParallel):
+        return
+    handle = getattr(module, "_handle", None)
+    if handle is not None and (handle.uses_sharded_strategy or not handle._use_orig_params):
+        raise ConfigError(
+            f"{place}: FullyShardedDataParallel keeps flat parameters, which have no boxes; "
+            "use fully_shard (FSDP2), or NO_SHARD with use_orig_params=True"
+        )
+
+
+def _sharded_parameters(modules: Sequence[tuple[str, nn.Module]]) -> dict[tuple[int, str], Any]:
+    """(identity of a module, name of a parameter) -> the FSDP2 record that owns its sharded parameter."""
+    found: dict[tuple[int, str], Any] = {}
+    for _, root in modules:
+        for module in root.modules():
+            if not hasattr(module, "_get_fsdp_state"):
+                continue
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)
+            if groups is None:  # torch before 2.13 has one group at most
+                groups = [group for group in (state._fsdp_param_group,) if group is not None]
+            for record in (record for group in groups for record in group.fsdp_params):
+                info = record._module_info
+                found[id(info.module), info.param_name] = record
+                for shared, name in zip(info.shared_modules, info.shared_param_names, strict=True):
+                    found[id(shared), name] = record
+    return {place: record for place, record in found.items() if is_dtensor(record.sharded_param)}
