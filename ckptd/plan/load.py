@@ -56,20 +56,25 @@ def plan_load(
     Raises MismatchError that lists every difference: keys that `what` lacks, shapes, dtypes (unless `cast`), and
     elements no chunk holds.
     """
-    differences: list[str] = []
-    usable = _compare(catalog, wants, rank, cast, differences)
-    rows = served_rows(catalog, rank)
-    blocks = [_intersect(catalog, rows, wants, block, differences) for block in _blocks(catalog, rows, wants, usable)]
+    plan, differences = plan_partially(catalog, wants, rank=rank, cast=cast)
     if differences:
         raise MismatchError(mismatch_message(what, differences))
+    return plan
+
+
+def plan_partially(
+    catalog: Catalog, wants: Sequence[Want], *, rank: int, cast: bool = False
+) -> tuple[LoadPlan, list[str]]:
+    """The plan for the wants that can be filled, and every difference that keeps the others from it."""
+    differences: list[str] = []
+    usable = _compare(catalog, wants, cast, differences)
+    rows = served_rows(catalog, rank)
+    blocks = [_intersect(catalog, rows, wants, block, differences) for block in _blocks(catalog, wants, usable)]
     width = catalog.offsets.shape[1]
     none = LoadPlan(np.zeros(0, np.int64), np.zeros(0, np.int64), *(np.zeros((0, width), np.int64),) * 2)
-    return LoadPlan(
-        *(
-            np.concatenate([getattr(block, field.name) for block in (none, *blocks)])
-            for field in dataclasses.fields(LoadPlan)
-        )
-    )
+    names = [field.name for field in dataclasses.fields(LoadPlan)]
+    columns = [np.concatenate([getattr(block, name) for block in (none, *blocks)]) for name in names]
+    return LoadPlan(*columns), differences
 
 
 def served_rows(catalog: Catalog, rank: int) -> Ints:
@@ -87,7 +92,7 @@ def mismatch_message(what: str, differences: Sequence[str]) -> str:
     return f"{what} does not fit the state it is loaded into, {count}:\n" + "\n".join(f"  {d}" for d in differences)
 
 
-def _compare(catalog: Catalog, wants: Sequence[Want], rank: int, cast: bool, differences: list[str]) -> list[int]:
+def _compare(catalog: Catalog, wants: Sequence[Want], cast: bool, differences: list[str]) -> list[int]:
     """The wants whose tensor exists with the right shape and dtype; the others become differences."""
     usable = []
     for index, want in enumerate(wants):
@@ -107,7 +112,7 @@ def _compare(catalog: Catalog, wants: Sequence[Want], rank: int, cast: bool, dif
     return usable
 
 
-def _blocks(catalog: Catalog, rows: Ints, wants: Sequence[Want], usable: list[int]) -> Iterator[list[int]]:
+def _blocks(catalog: Catalog, wants: Sequence[Want], usable: list[int]) -> Iterator[list[int]]:
     """`usable` in runs of at most _PAIRS_AT_ONCE (want, row) pairs, or of one want."""
     pairs = 0
     block: list[int] = []
@@ -121,28 +126,46 @@ def _blocks(catalog: Catalog, rows: Ints, wants: Sequence[Want], usable: list[in
         yield block
 
 
-def _intersect(
-    catalog: Catalog, rows: Ints, wants: Sequence[Want], chosen: list[int], differences: list[str]
-) -> LoadPlan:
-    """Parts for the `chosen` wants, all at once."""
+class _Pairs(NamedTuple):
+    """Chunks that meet wants, ordered by want: `want[i]` indexes the want boxes, `row[i]` the catalog, and `low[i]` to
+    `high[i]` is what they have in common."""
+
+    want_low: Ints
+    want_high: Ints
+    want: Ints
+    row: Ints
+    low: Ints
+    high: Ints
+
+
+def _pairs(catalog: Catalog, rows: Ints, wants: Sequence[Want]) -> _Pairs:
+    """All (want, row) that share elements."""
     width = catalog.offsets.shape[1]
-    want_low, want_high = np.zeros((len(chosen), width), np.int64), np.ones((len(chosen), width), np.int64)
-    bounds = np.zeros((len(chosen), 2), np.int64)
-    for position, index in enumerate(chosen):
-        box = wants[index].box
+    want_low, want_high = np.zeros((len(wants), width), np.int64), np.ones((len(wants), width), np.int64)
+    bounds = np.zeros((len(wants), 2), np.int64)
+    for position, want in enumerate(wants):
+        box = want.box
         want_low[position, : len(box.offsets)] = box.offsets
         want_high[position, : len(box.offsets)] = [o + s for o, s in zip(box.offsets, box.sizes, strict=True)]
-        mine = catalog.rows(wants[index].key)
+        mine = catalog.rows(want.key)
         bounds[position] = mine.start, mine.stop
     starts = np.searchsorted(rows, bounds[:, 0])
     counts = np.searchsorted(rows, bounds[:, 1]) - starts
-    ends = np.cumsum(counts)
-    want = np.repeat(np.arange(len(chosen)), counts)
-    row = rows[np.arange(int(counts.sum())) - np.repeat(ends - counts, counts) + np.repeat(starts, counts)]
-    low = np.maximum(want_low[want], catalog.offsets[row])
-    high = np.minimum(want_high[want], catalog.offsets[row] + catalog.sizes[row])
+    before = np.cumsum(counts) - counts
+    index = np.repeat(np.arange(len(wants)), counts)
+    row = rows[np.arange(int(counts.sum())) + np.repeat(starts - before, counts)]
+    low = np.maximum(want_low[index], catalog.offsets[row])
+    high = np.minimum(want_high[index], catalog.offsets[row] + catalog.sizes[row])
     hit = (low < high).all(axis=1)
-    want, row, low, high = want[hit], row[hit], low[hit], high[hit]
+    return _Pairs(want_low, want_high, index[hit], row[hit], low[hit], high[hit])
+
+
+def _intersect(
+    catalog: Catalog, rows: Ints, wants: Sequence[Want], chosen: list[int], differences: list[str]
+) -> LoadPlan:
+    """Parts for the `chosen` wants, all at once. Most wants are one whole chunk or tiled by several: only the others
+    are looked at box by box."""
+    want_low, want_high, want, row, low, high = _pairs(catalog, rows, [wants[index] for index in chosen])
     first = np.searchsorted(want, np.arange(len(chosen) + 1))
     single = np.diff(first) == 1
     full = np.zeros(len(chosen), bool)
@@ -155,10 +178,10 @@ def _intersect(
         if cover.tiles(*region, low[span], high[span]):
             continue
         found, (left_low, left_high) = cover.disjoint(*region, low[span], high[span])
+        replaced[span] = True
         if len(left_low):
             differences.append(_gap(catalog, wants[chosen[position]], left_low, left_high))
             continue
-        replaced[span] = True
         parts.append(found._replace(source=found.source + span.start))
     source = np.concatenate([np.flatnonzero(~replaced), *(p.source for p in parts)])
     low = np.concatenate([low[~replaced], *(p.low for p in parts)])

@@ -13,7 +13,7 @@ from ckptd.core.box import Box, cut
 from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.errors import MismatchError
 from ckptd.plan import load
-from ckptd.plan.load import LoadPlan, Want, plan_load
+from ckptd.plan.load import LoadPlan, Want, plan_load, plan_partially
 
 
 def catalog_of(*entries: tuple[str, str, tuple[int, ...], Box, int]) -> Catalog:
@@ -167,6 +167,8 @@ def test_all_differences_in_one_message() -> None:
         "  gap: no chunk holds elements [3:4, 0:2]",
     ]
     assert len(plan_load(catalog, wants[3:], rank=0, cast=True)) == 1
+    plan, differences = plan_partially(catalog, wants, rank=0, cast=True)
+    assert (plan.want.tolist(), len(differences)) == ([3], 3)
 
 
 def test_an_empty_catalog_lacks_everything_and_serves_nobody() -> None:
