@@ -29,7 +29,7 @@ def objects() -> dict[str, bytes]:
         "numpy": np.random.get_state(legacy=False),
         "torch": _of_torch(torch.get_rng_state()),
     }
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for device in range(torch.cuda.device_count()):
             made[f"cuda/{device}"] = _of_torch(torch.cuda.get_rng_state(device))
     return {f"{PREFIX}/{name}": encode(value, f"{PREFIX}/{name}") for name, value in made.items()}
@@ -38,9 +38,7 @@ def objects() -> dict[str, bytes]:
 def restore(objects: Mapping[str, bytes]) -> None:
     """Sets back every global generator that `objects` has a state of; those of devices not here are passed over."""
     states = {
-        path.removeprefix(f"{PREFIX}/"): decode(data)
-        for path, data in objects.items()
-        if path.startswith(f"{PREFIX}/")
+        path.removeprefix(f"{PREFIX}/"): decode(data) for path, data in objects.items() if path.startswith(f"{PREFIX}/")
     }
     if "python" in states:
         random.setstate(_to_python(states["python"]))

@@ -22,7 +22,6 @@ from torch import nn
 from ckptd.core.errors import ConfigError
 from ckptd.core.types import join_key
 from ckptd.trainer.state_tensors import Share, Source, is_dtensor, local_of, sources_of
-from ckptd.trainer.state_values import Packed, pack
 
 EXTRA = "_extra_state"
 _WRAPPER_NAMES = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
@@ -103,22 +102,17 @@ class Modules:
         for entry in self.entries:
             tensor = entry.tensor
             share = Share.REPLICATED if entry.parameter else Share.PER_RANK
-            made += sources_of(
-                entry.key, tensor, share, windowed=id(tensor) in windowed and tensor.requires_grad
-            )
+            made += sources_of(entry.key, tensor, share, windowed=id(tensor) in windowed and tensor.requires_grad)
         return made
 
-    def extras(self) -> list[tuple[nn.Module, Packed]]:
-        """Extra states, packed, of the modules that define one."""
-        found = []
-        seen: set[int] = set()
+    def extras(self) -> list[tuple[nn.Module, str]]:
+        """The modules that define an extra state, and the path of its object."""
+        found: dict[int, tuple[nn.Module, str]] = {}
         for path, prefix, module in self._visited:
-            if type(module).get_extra_state is not nn.Module.get_extra_state and id(module) not in seen:
-                seen.add(id(module))
+            if type(module).get_extra_state is not nn.Module.get_extra_state:
                 elements = (EXTRA, prefix.removesuffix(".")) if prefix else (EXTRA,)
-                place = f"{path}/{join_key(*elements)}"
-                found.append((module, pack(module.get_extra_state(), place, Share.PER_RANK)))
-        return found
+                found.setdefault(id(module), (module, f"{path}/{join_key(*elements)}"))
+        return list(found.values())
 
     def watch(self) -> ModulesWatch:
         """What to compare later, to see that the modules still own the same tensors."""
@@ -141,7 +135,8 @@ class Modules:
         """Gives FSDP2 modules their sharded parameters back, so that a forward gathers what was restored."""
         for _, _, module in self._visited:
             if hasattr(module, "_get_fsdp_state"):
-                module.reshard()
+                sharding: Any = module
+                sharding.reshard()
 
 
 @dataclasses.dataclass(slots=True)
@@ -177,8 +172,8 @@ def _identity(entry: Entry) -> object:
     tensor = local_of(entry.tensor)
     if tensor.numel() == 0 or tensor.layout is not torch.strided or tensor.device.type == "meta":
         return id(entry.tensor)
-    shape = tuple(entry.tensor.shape)
-    return (entry.parameter, tensor.data_ptr(), tensor.device, tensor.dtype, shape, tuple(tensor.shape), tensor.stride())
+    memory = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+    return (entry.parameter, tuple(entry.tensor.shape), *memory)
 
 
 def _walk(module: nn.Module, prefix: str, path: str, above: tuple[int, ...]) -> Iterator[tuple[str, nn.Module]]:
@@ -213,7 +208,8 @@ def _sharded_parameters(modules: Sequence[tuple[str, nn.Module]]) -> dict[tuple[
         for module in root.modules():
             if not hasattr(module, "_get_fsdp_state"):
                 continue
-            state: Any = module._get_fsdp_state()
+            sharding: Any = module
+            state = sharding._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None)
             if groups is None:  # torch before 2.13 has one group at most
                 groups = [group for group in (state._fsdp_param_group,) if group is not None]

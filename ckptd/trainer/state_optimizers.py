@@ -61,39 +61,46 @@ class OptimizerState:
         self._names = names
         self._holder: Optimizer = optimizer.optim if _partitioned(optimizer) else optimizer  # type: ignore[attr-defined]
         self._share = Share.REPLICATED if self._holder is optimizer else Share.SHARDED
+        self._placement: dict[str, str] = {}
+        self._rests: list[tuple[str, Any, list[Any] | None]] = []
         self._pending: dict[torch.Tensor, Any] = {}
         self._other: Any = {}
         self._groups: list[dict[str, Any]] = []
         check_named(path, optimizer, names)
         self._own_names = {names[id(parameter)] for parameter in parameters(optimizer)}
 
-    def sources(self) -> tuple[list[Source], list[Packed], Watch]:
-        """Sources of plain state tensors, the values packed beside them, and what to compare later."""
+    def sources(self) -> tuple[list[Source], Watch]:
+        """Sources of plain state tensors, and what to compare later."""
         made: list[Source] = []
-        packed: list[Packed] = []
-        placement: dict[str, str] = {}
-        groups = [list(group["params"]) for group in self._optimizer.param_groups]
-        watch = Watch(self._optimizer, self._holder, groups, list(self._holder.state.values()))
-        other = {}
+        self._placement, self._rests = {}, []
+        watch = Watch(self._optimizer, self._holder, [], list(self._holder.state.values()))
+        watch.groups = [list(group["params"]) for group in self._optimizer.param_groups]
         for parameter, entry in self._holder.state.items():
             if not isinstance(parameter, torch.Tensor):
-                other[parameter] = entry
+                watch.add_rest(entry)
                 continue
             prefix = f"{self.path}/state/{join_key(self._name(parameter))}"
             rest = entry
             if isinstance(entry, dict):
-                rest = self._read(prefix, parameter, entry, made, placement)
+                rest = self._read(prefix, parameter, entry, made)
                 watch.add_entry(entry, rest)
             if rest or not isinstance(rest, dict):
-                packed.append(pack(rest, prefix, self._share, windowed=True))
+                self._rests.append((prefix, entry, list(rest) if isinstance(rest, dict) else None))
                 watch.add_rest(rest)
-        packed.append(self._pack_groups())
+        return made, watch
+
+    def packed(self) -> list[Packed]:
+        """The values beside the tensors of the last `sources`, read afresh."""
+        made = [self._pack_groups()]
+        for prefix, entry, names in self._rests:
+            value = entry if names is None else {name: entry[name] for name in names}
+            made.append(pack(value, prefix, self._share, windowed=True))
+        other = {key: value for key, value in self._holder.state.items() if not isinstance(key, torch.Tensor)}
         if other:
-            packed.append(pack(other, f"{self.path}/other", self._share, windowed=True))
-            watch.add_rest(other)
-        if placement:
-            packed.append(Packed(f"{self.path}/placement", placement, {}, []))
-        return made, packed, watch
+            made.append(pack(other, f"{self.path}/other", self._share, windowed=True))
+        if self._placement:
+            made.append(Packed(f"{self.path}/placement", self._placement, {}, []))
+        return made
 
     def _name(self, parameter: torch.Tensor) -> str:
         name = self._names.get(id(parameter))
@@ -104,9 +111,7 @@ class OptimizerState:
             )
         return name
 
-    def _read(
-        self, prefix: str, parameter: Any, entry: dict[Any, Any], made: list[Source], placement: dict[str, str]
-    ) -> dict[Any, Any]:
+    def _read(self, prefix: str, parameter: Any, entry: dict[Any, Any], made: list[Source]) -> dict[Any, Any]:
         """Adds the sources of one parameter's state; returns what of it is not a tensor by a text name."""
         rest = {}
         for name, value in entry.items():
@@ -116,7 +121,7 @@ class OptimizerState:
             key = f"{prefix}/{join_key(name)}"
             where = _placement(parameter, value)
             if where is not None:
-                placement[name] = where
+                self._placement[name] = where
             if where == LOCAL:
                 made += shard_sources(key, value, parameter, windowed=True)
             else:
@@ -338,9 +343,7 @@ def _placement(parameter: Any, value: torch.Tensor) -> str | None:
     return LOCAL if is_dtensor(parameter) and value.shape == local_of(parameter).shape else None
 
 
-def _new(
-    parameter: Any, name: str, info: TensorInfo, group: Mapping[str, Any], where: str | None
-) -> torch.Tensor:
+def _new(parameter: Any, name: str, info: TensorInfo, group: Mapping[str, Any], where: str | None) -> torch.Tensor:
     """An empty state tensor: like the parameter if it has its shape, but in the checkpoint's dtype; steps and other
     0-dimensional ones on the CPU, unless stored from the device or the group is fused or capturable."""
     dtype = torch_dtype(info.dtype)

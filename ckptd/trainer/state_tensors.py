@@ -75,7 +75,8 @@ def is_dtensor(tensor: object) -> bool:
 
 def local_of(tensor: Any) -> torch.Tensor:
     """The tensor whose memory this rank owns: a DTensor's local part, else the tensor itself. No autograd, no copy."""
-    return tensor._local_tensor if is_dtensor(tensor) else tensor
+    local: torch.Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor
+    return local
 
 
 def sources_of(key: str, tensor: torch.Tensor, share: Share, *, windowed: bool = False) -> list[Source]:

@@ -25,7 +25,9 @@ MAX_DEPTH = 64
 """How deep values may nest; the format's limit."""
 
 DEVICES = "_devices"
-"""Last element of the path of an object that says which tensors of a value were not on the CPU: key -> device type."""
+"""Last element of the path of an object that says which tensors of a value were not plain ones on the CPU: key ->
+device type, or `dtensor`."""
+DTENSOR = "dtensor"
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _LEAVES = frozenset({set, frozenset, bytearray, np.ndarray, torch.dtype, torch.device, torch.Size})
@@ -46,7 +48,11 @@ class Packed:
     def objects(self) -> dict[str, bytes]:
         """The value's objects by path; ConfigError names the path of what cannot be stored."""
         made = {self.path: encode(self.skeleton, self.path)}
-        devices = {key: tensor.device.type for key, tensor in self.tensors.items() if tensor.device.type != "cpu"}
+        devices = {
+            key: DTENSOR if is_dtensor(tensor) else tensor.device.type
+            for key, tensor in self.tensors.items()
+            if is_dtensor(tensor) or tensor.device.type != "cpu"
+        }
         if devices:
             path = f"{self.path}/{DEVICES}"
             made[path] = encode(devices, path)
@@ -160,9 +166,7 @@ def _restore(value: object) -> object:
     return value
 
 
-def maker(
-    path: str, objects: Mapping[str, bytes], current: Mapping[str, torch.Tensor], *, reuse: bool
-) -> Make:
+def maker(path: str, objects: Mapping[str, bytes], current: Mapping[str, torch.Tensor], *, reuse: bool) -> Make:
     """Makes tensors on the kind of device they were stored from, where this process has it, else on the CPU.
 
     `current` are the tensors the value has now. With `reuse` those are filled in place, so a difference in shape is
@@ -182,6 +186,12 @@ def maker(
         return torch.empty(info.shape, dtype=dtype, device=device if _usable(device) else "cpu")
 
     return make
+
+
+def needs_current(path: str, objects: Mapping[str, bytes]) -> bool:
+    """Whether restoring the value at `path` asks how its present tensors are laid out."""
+    stored = objects.get(f"{path}/{DEVICES}")
+    return stored is not None and DTENSOR in decode(stored).values()
 
 
 def _usable(device: str) -> bool:
@@ -215,10 +225,11 @@ def settle(current: Any, loaded: Any) -> Any:
     if isinstance(current, bytearray) and isinstance(loaded, bytes):
         current[:] = loaded
         return current
-    if isinstance(current, np.ndarray) and isinstance(loaded, np.ndarray):
-        if current.shape == loaded.shape and current.dtype == loaded.dtype and current.flags.writeable:
-            np.copyto(current, loaded)
-            return current
+    if isinstance(current, np.ndarray) and isinstance(loaded, np.ndarray) and current.flags.writeable:
+        if (current.shape, current.dtype) != (loaded.shape, loaded.dtype):
+            return loaded
+        np.copyto(current, loaded)
+        return current
     return loaded
 
 
