@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import ckptd
 
@@ -69,7 +69,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        attended = scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         return self.projection(attended.transpose(1, 2).flatten(2))
 
 
@@ -179,7 +179,7 @@ def train_step(
 ) -> float:
     """One optimizer step; the loss averaged over ranks."""
     inputs, targets = data.next_batch()
-    loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    loss = cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     loss.backward()
     optimizer.step()
     scheduler.step()

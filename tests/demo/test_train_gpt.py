@@ -77,7 +77,10 @@ def _train(directory: Path, steps: int) -> list[dict[str, Any]]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = ["--no-ckptd", "--parameters", "1M", "--steps", str(steps), "--progress", str(directory)]
     script = Path(train_gpt.__file__)
-    subprocess.run([*launcher, str(script), *arguments], check=True, timeout=120, capture_output=True)
+    done = subprocess.run(
+        [*launcher, str(script), *arguments], timeout=120, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (directory / "rank-0.jsonl").read_text().splitlines()]
     wanted = ("step", "loss", "weights")
     return [{key: line[key] for key in wanted if key in line} for line in lines if line["event"] != "start"]

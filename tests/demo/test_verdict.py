@@ -27,7 +27,7 @@ class Log:
 
     def start(self) -> None:
         for rank in range(demo.RANKS):
-            self.write(rank, event="start", rank=rank, pid=100 + rank, restart=0)
+            self.write(rank, event="start", pid=100 + rank)
 
     def steps(self, first: int, last: int, source: str = "none", restored: int = 0, shift: float = 0.0) -> None:
         for step in range(first, last + 1):

@@ -1,0 +1,1 @@
+"""Other people's ways of saving, so that rivals never enter a normal install."""
