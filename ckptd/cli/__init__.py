@@ -1,0 +1,1 @@
+"""The `ckptd` command: one file a command, which parses arguments, calls a layer below, and prints. No torch."""
