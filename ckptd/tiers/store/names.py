@@ -1,0 +1,64 @@
+"""Names of files and directories in a store (docs/format.md, section 1): made from integers, parsed back into integers.
+
+A name is ours only if it is spelled exactly as the integers in it would be. Nothing read from a file is ever a path.
+"""
+
+from __future__ import annotations
+
+import re
+
+from ckptd.core.types import Epoch, SnapshotId
+from ckptd.tiers.store.disk import Path
+
+COMMIT = "COMMIT"
+COMMIT_TEMPORARY = "COMMIT.tmp"
+OBJECTS = "objects.msgpack"
+MANIFEST = "manifest.parquet"
+DATA = "data"
+EPOCHS = "epochs"
+
+_CHECKPOINT = re.compile(r"step-([0-9]{8,18})\.([0-9]{1,18})-([0-9a-f]{16})")
+_EPOCH = re.compile(r"([0-9]{1,18})-([0-9a-f]{16})")
+
+
+def checkpoint(identity: SnapshotId) -> str:
+    """The directory of a checkpoint."""
+    return f"step-{identity.step:08d}.{identity.epoch}"
+
+
+def parse_checkpoint(name: str) -> SnapshotId | None:
+    """The inverse; None for names that are not ours."""
+    match = _CHECKPOINT.fullmatch(name)
+    if match is None:
+        return None
+    identity = SnapshotId(Epoch(int(match[2]), match[3]), int(match[1]))
+    return identity if checkpoint(identity) == name else None
+
+
+def record(epoch: Epoch) -> Path:
+    """The file of an epoch record."""
+    return (EPOCHS, str(epoch))
+
+
+def record_temporary(epoch: Epoch) -> Path:
+    """Where an epoch record is written before it gets its name."""
+    return (EPOCHS, f".{epoch}.tmp")
+
+
+def parse_record(name: str) -> Epoch | None:
+    """The epoch whose record has this name; None for names that are not ours."""
+    match = _EPOCH.fullmatch(name)
+    if match is None:
+        return None
+    epoch = Epoch(int(match[1]), match[2])
+    return epoch if str(epoch) == name else None
+
+
+def manifest_part(directory: str, writer: int) -> Path:
+    """A writer's manifest part."""
+    return (directory, MANIFEST, f"w{writer:05d}.parquet")
+
+
+def data_file(directory: str, writer: int, file: int) -> Path:
+    """One data file."""
+    return (directory, DATA, f"w{writer:05d}-{file:05d}.ckd")

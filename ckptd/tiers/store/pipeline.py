@@ -1,0 +1,99 @@
+"""Encoding chunks on several threads, in order, in bounded memory.
+
+Rows are read and encoded in batches of up to one chunk's bytes, so that small chunks cost no thread hand-over each.
+Memory: `threads` + 2 buffers of one batch, and what they compress to. Does no I/O of its own.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+from ckptd.core import native
+from ckptd.core.box import CHUNK_BYTES
+from ckptd.core.catalog import Catalog
+from ckptd.core.errors import CorruptionError, FormatError
+from ckptd.format.chunk import Stored, encode_chunk
+
+Read = Callable[[int, memoryview], None]
+
+_BATCH_ROWS = 1024
+
+
+class EncodedRow(NamedTuple):
+    """One chunk, ready to be written; `stored` is only valid until the next one is asked for."""
+
+    row: int
+    codec: int
+    stored: Stored
+
+
+def encoded_rows(
+    catalog: Catalog, rows: Sequence[int], read: Read, threads: int, cancelled: Callable[[], bool]
+) -> Iterator[EncodedRow]:
+    """The chunks of `rows`, in this order. `read(row, into)` is called on any thread, for several rows at once.
+
+    Raises CorruptionError if what was read does not have the checksum in the catalog. Ends early if `cancelled()`.
+    """
+
+    def encode(batch: list[int], buffer: memoryview) -> list[EncodedRow]:
+        encoded, position = [], 0
+        for row in batch:
+            if cancelled():
+                break
+            raw = buffer[position : position + int(catalog.raw[row])]
+            position += raw.nbytes
+            encoded.append(_encode(catalog, row, raw, read))
+        return encoded
+
+    free = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(threads + 2)]
+    pending: deque[tuple[Future[list[EncodedRow]], memoryview]] = deque()
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="ckptd-encode")
+    try:
+        for batch in _batches(catalog, rows):
+            if not free:
+                future, buffer = pending.popleft()
+                yield from future.result()
+                free.append(buffer)
+            if cancelled():
+                return
+            buffer = free.pop()
+            pending.append((executor.submit(encode, batch, buffer), buffer))
+        for future, _ in pending:
+            yield from future.result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(catalog: Catalog, rows: Sequence[int]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    size = 0
+    for row in rows:
+        raw = int(catalog.raw[row])
+        if raw > CHUNK_BYTES:
+            raise FormatError(f"{_name(catalog, row)}: {raw} bytes; a chunk has at most {CHUNK_BYTES}")
+        if batch and (size + raw > CHUNK_BYTES or len(batch) == _BATCH_ROWS):
+            yield batch
+            batch, size = [], 0
+        batch.append(row)
+        size += raw
+    if batch:
+        yield batch
+
+
+def _encode(catalog: Catalog, row: int, raw: memoryview, read: Read) -> EncodedRow:
+    read(row, raw)
+    found, expected = native.crc32c(raw), int(catalog.crc[row])
+    if found != expected:
+        raise CorruptionError(
+            f"{_name(catalog, row)}: captured with CRC32C {expected:08x}, read back with {found:08x}; "
+            "the snapshot in memory was damaged"
+        )
+    return EncodedRow(row, *encode_chunk(raw, catalog.tensors[catalog.tensor[row]].dtype))
+
+
+def _name(catalog: Catalog, row: int) -> str:
+    return f"tensor {catalog.tensors[catalog.tensor[row]].key!r}, {catalog.box(row)}"

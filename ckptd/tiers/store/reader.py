@@ -1,0 +1,237 @@
+"""Reading one committed checkpoint: COMMIT, then what it lists, then chunks (docs/format.md, sections 9 and 10).
+
+Invariants: nothing is parsed before its SHA-256 was right; no chunk is returned whose CRC32C was not. What COMMIT
+lists and is missing or of another length was there once: a CorruptionError. Safe in threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from ckptd.core import native
+from ckptd.core.catalog import RAW, Catalog
+from ckptd.core.errors import CkptdError, CorruptionError, FormatError, NotFoundError
+from ckptd.core.types import SnapshotId
+from ckptd.format.chunk import decode_chunk
+from ckptd.format.commit import MAX_COMMIT_BYTES, Commit, Part, decode_commit
+from ckptd.format.layout import check_layout
+from ckptd.format.manifest import from_parquet
+from ckptd.format.objects import MAX_OBJECTS_BYTES, unpack_table
+from ckptd.tiers.store import names
+from ckptd.tiers.store.disk import Disk, InputFile, Path
+from ckptd.tiers.store.files import read_file
+
+MAX_PART_BYTES = 2**31
+
+Progress = Callable[[int, int], None]
+
+_OPEN_FILES = 256
+
+
+def read_commit(disk: Disk, directory: str) -> Commit:
+    """COMMIT of a checkpoint's directory. NotFoundError if there is none; FormatError, VersionError if not valid."""
+    path = (directory, names.COMMIT)
+    try:
+        commit = decode_commit(read_file(disk, path, MAX_COMMIT_BYTES))
+    except CkptdError as error:
+        # Errors of the disk name the path already.
+        if isinstance(error, NotFoundError) or str(error).startswith(disk.describe(path)):
+            raise
+        raise type(error)(f"{disk.describe((directory,))}: {error}") from None
+    named = names.parse_checkpoint(directory)
+    if named is not None and named != commit.id:
+        raise FormatError(f"{disk.describe(path)}: is of {commit.id}; the directory was renamed, or COMMIT copied")
+    return commit
+
+
+class StoredCheckpoint:
+    """A committed checkpoint. Keeps data files open; a context manager, or closed when it is no longer used."""
+
+    def __init__(self, disk: Disk, directory: str) -> None:
+        self._disk = disk
+        self._directory = directory
+        self.commit = read_commit(disk, directory)
+        self._catalog: Catalog | None = None
+        self._files: dict[tuple[int, int], InputFile] = {}
+        self._parts = {part.writer: part for part in self.commit.parts}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    @property
+    def id(self) -> SnapshotId:
+        return self.commit.id
+
+    @property
+    def job(self) -> str:
+        return self.commit.job
+
+    @property
+    def location(self) -> str:
+        """Where it is, for messages."""
+        return self._disk.describe((self._directory,))
+
+    def __enter__(self) -> StoredCheckpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes its data files; no reads may be under way."""
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+
+    def catalog(self) -> Catalog:
+        """All its chunks, parsed once; the lengths of all data files are checked against COMMIT."""
+        with self._lock:
+            if self._catalog is None:
+                for part in self.commit.parts:
+                    for number in range(len(part.data)):
+                        self._check_length(part, number)
+                self._catalog = Catalog.merge([self._part(part) for part in self.commit.parts])
+            return self._catalog
+
+    def objects(self) -> dict[str, bytes]:
+        """Encoded shared objects by path, for format.objects.decode."""
+        path = (self._directory, names.OBJECTS)
+        listed = self.commit.objects
+        data = self._listed(path, listed.size, listed.sha256, MAX_OBJECTS_BYTES)
+        with self._naming(path):
+            return unpack_table(data)
+
+    def read(self, row: int, into: memoryview) -> None:
+        """Fills `into`, of exactly the row's raw bytes, with its decoded bytes. CorruptionError if they are not those
+        that were captured; `into` then holds garbage."""
+        catalog = self.catalog()
+        raw = int(catalog.raw[row])
+        target = into.cast("B")
+        if target.nbytes != raw:
+            raise ValueError(f"a buffer of {target.nbytes} bytes for a chunk of {raw}")
+        if raw == 0:
+            return
+        key = (int(catalog.writer[row]), int(catalog.file[row]))
+        path = names.data_file(self._directory, *key)
+        codec, offset = int(catalog.codec[row]), int(catalog.file_offset[row])
+        info = catalog.tensors[catalog.tensor[row]]
+        with self._data_file(key) as file:
+            if codec == RAW:
+                file.read_into(offset, target)
+            else:
+                stored = self._scratch(int(catalog.stored[row]))
+                file.read_into(offset, stored)
+                try:
+                    decode_chunk(codec, stored, info.dtype, target)
+                except FormatError as error:
+                    raise CorruptionError(
+                        f"{self._disk.describe(path)}: chunk at {offset} of tensor {info.key!r}: {error}"
+                    ) from None
+        found, expected = native.crc32c(target), int(catalog.crc[row])
+        if found != expected:
+            raise CorruptionError(
+                f"{self._disk.describe(path)}: chunk at {offset} of tensor {info.key!r}: expected CRC32C "
+                f"{expected:08x}, found {found:08x}; the file was damaged"
+            )
+
+    def verify(self, progress: Progress | None = None) -> list[str]:
+        """Reads everything; returns what is wrong, one line each. `progress(bytes done, bytes in all)`."""
+        total = self.commit.data_bytes + self.commit.objects.size + sum(part.size for part in self.commit.parts)
+        problems: list[str] = []
+        done = 0
+
+        def attempt(check: Callable[[], object], size: int) -> None:
+            nonlocal done
+            try:
+                check()
+            except CkptdError as error:
+                problems.append(str(error))
+            done += size
+            if progress is not None:
+                progress(done, total)
+
+        attempt(self.objects, self.commit.objects.size)
+        for part in self.commit.parts:
+            for number in range(len(part.data)):
+                attempt(lambda part=part, number=number: self._check_length(part, number), 0)  # type: ignore[misc]
+        if problems:
+            for part in self.commit.parts:
+                attempt(lambda part=part: self._part(part), part.size)  # type: ignore[misc]
+            return problems
+        attempt(self.catalog, sum(part.size for part in self.commit.parts))
+        if problems:
+            return problems
+        catalog = self.catalog()
+        buffer = memoryview(bytearray(int(catalog.raw.max(initial=0))))
+        order = np.lexsort((catalog.file_offset, catalog.file, catalog.writer))
+        for row in order[np.flatnonzero(catalog.raw[order])].tolist():
+            target = buffer[: int(catalog.raw[row])]
+            attempt(lambda row=row, target=target: self.read(row, target), int(catalog.stored[row]))  # type: ignore[misc]
+        return problems
+
+    def _part(self, part: Part) -> Catalog:
+        path = names.manifest_part(self._directory, part.writer)
+        data = self._listed(path, part.size, part.sha256, MAX_PART_BYTES)
+        with self._naming(path):
+            catalog = from_parquet(data, part.rows)
+            check_layout(catalog, part.writer, part.data)
+            return catalog
+
+    def _listed(self, path: Path, size: int, sha256: str, limit: int) -> bytes:
+        """The contents of a file that COMMIT lists, once size and digest are right."""
+        described = self._disk.describe(path)
+        if size > limit:
+            raise FormatError(f"{described}: COMMIT says {size} bytes; expected at most {limit}")
+        try:
+            data = read_file(self._disk, path, size)
+        except NotFoundError as error:
+            raise CorruptionError(f"{error}; COMMIT lists it") from None
+        if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
+            raise CorruptionError(f"{described}: size or SHA-256 is not that in COMMIT; the file was damaged")
+        return data
+
+    def _check_length(self, part: Part, number: int) -> None:
+        path = names.data_file(self._directory, part.writer, number)
+        with contextlib.closing(self._open(path)) as file:
+            if file.size != part.data[number]:
+                raise CorruptionError(
+                    f"{self._disk.describe(path)}: expected {part.data[number]} bytes, found {file.size}"
+                )
+
+    def _open(self, path: Path) -> InputFile:
+        try:
+            return self._disk.open(path)
+        except NotFoundError as error:
+            raise CorruptionError(f"{error}; COMMIT lists it") from None
+
+    @contextlib.contextmanager
+    def _data_file(self, key: tuple[int, int]) -> Iterator[InputFile]:
+        """A data file: the first _OPEN_FILES stay open, others are opened for each read."""
+        with self._lock:
+            file = self._files.get(key)
+            if file is None and len(self._files) < _OPEN_FILES:
+                file = self._files[key] = self._open(names.data_file(self._directory, *key))
+        if file is not None:
+            yield file
+            return
+        with contextlib.closing(self._open(names.data_file(self._directory, *key))) as passing:
+            yield passing
+
+    def _scratch(self, size: int) -> memoryview:
+        """This thread's buffer for stored bytes."""
+        buffer: memoryview | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self._local.buffer = memoryview(bytearray(size))
+        return buffer[:size]
+
+    @contextlib.contextmanager
+    def _naming(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except FormatError as error:
+            raise type(error)(f"{self._disk.describe(path)}: {error}") from None

@@ -1,0 +1,278 @@
+"""A store: a directory of checkpoints and epoch records of a job (docs/format.md, section 1).
+
+Owns which checkpoints exist, which is the newest, and pruning. Invariants: a checkpoint exists if and only if its
+COMMIT is valid; the newest live one is never removed by `prune`; a checkpoint whose commit failed in this process is in
+doubt: neither counted, nor written again, nor removed. Assumes one process at a time that writes records or prunes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import threading
+import urllib.parse
+from collections.abc import Collection
+
+from ckptd.core import lineage
+from ckptd.core.errors import CkptdError, ConfigError, FormatError, NotFoundError, StoreError, VersionError
+from ckptd.core.lineage import EpochRecord
+from ckptd.core.types import SnapshotId
+from ckptd.format.commit import MAX_RECORD_BYTES, decode_record, encode_record
+from ckptd.tiers.store import names
+from ckptd.tiers.store.disk import Disk, Path
+from ckptd.tiers.store.files import discard_file, make_directory, publish_file, read_file, remove_tree, write_file
+from ckptd.tiers.store.posix import open_root
+from ckptd.tiers.store.reader import StoredCheckpoint, read_commit
+from ckptd.tiers.store.writer import CheckpointWriter
+
+_TOKEN = re.compile(r"[0-9a-f]{16}")
+
+
+class Store:
+    """Checkpoints on one disk."""
+
+    def __init__(self, disk: Disk, uri: str) -> None:
+        self.uri = uri
+        self._disk = disk
+        self._in_doubt: set[SnapshotId] = set()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, uri: str | os.PathLike[str], *, create: bool = False) -> Store:
+        """The store at a path or file:// URI. NotFoundError if it does not exist; `create` makes it, with parents."""
+        path = _local_path(uri)
+        return cls(open_root(path, create), path)
+
+    def probe(self) -> None:
+        """Proves that the store can be written and read back; StoreError says why not."""
+        nonce = secrets.token_hex(8)
+        self.leave_token(nonce)
+        try:
+            if not self.has_token(nonce):
+                raise StoreError(f"{self.uri}: a file that was just written cannot be read back")
+        finally:
+            self.remove_token(nonce)
+
+    def leave_token(self, nonce: str) -> None:
+        """Leaves a small file by which other nodes recognise the same store; `nonce` is 16 hex digits."""
+        write_file(self._disk, self._token(nonce), nonce.encode())
+
+    def has_token(self, nonce: str) -> bool:
+        """Whether a token left anywhere is seen here."""
+        try:
+            return read_file(self._disk, self._token(nonce), 16) == nonce.encode()
+        except NotFoundError:
+            return False
+
+    def remove_token(self, nonce: str) -> None:
+        """Removes a token, if it is there."""
+        discard_file(self._disk, self._token(nonce))
+
+    def _token(self, nonce: str) -> Path:
+        if _TOKEN.fullmatch(nonce) is None:
+            raise ValueError(f"token {nonce!r}: expected 16 hex digits")
+        return (f".token-{nonce}",)
+
+    def records(self) -> list[EpochRecord]:
+        """Epoch records, by rising epoch. A damaged one is an error: without it a dead branch could win."""
+        try:
+            entries = self._disk.list_directory((names.EPOCHS,))
+        except NotFoundError:
+            return []
+        found = []
+        for epoch in sorted(filter(None, (names.parse_record(entry.name) for entry in entries))):
+            path = names.record(epoch)
+            try:
+                record = decode_record(read_file(self._disk, path, MAX_RECORD_BYTES))
+            except (FormatError, VersionError) as error:
+                raise type(error)(f"{self._disk.describe(path)}: {error}") from None
+            if record.epoch != epoch:
+                raise FormatError(f"{self._disk.describe(path)}: is the record of epoch {record.epoch}")
+            found.append(record)
+        return found
+
+    def write_record(self, record: EpochRecord) -> None:
+        """Writes the record of an epoch that begins, durably."""
+        record.epoch.check()
+        make_directory(self._disk, (names.EPOCHS,))
+        path = names.record(record.epoch)
+        publish_file(self._disk, names.record_temporary(record.epoch), path, encode_record(record))
+        self._disk.sync_directory((names.EPOCHS,))
+        self._disk.sync_directory(())
+
+    def checkpoints(self) -> list[SnapshotId]:
+        """Committed checkpoints, by rising epoch and step."""
+        return [identity for identity, _, problem in self._directories() if problem is None]
+
+    def broken(self) -> list[tuple[str, str]]:
+        """(directory, reason) of checkpoints that are not committed, or not in a way that this build can read."""
+        return [(name, problem) for _, name, problem in self._directories() if problem is not None]
+
+    def newest(self, step: int | None = None) -> SnapshotId | None:
+        """The newest checkpoint on the live lineage (of exactly `step`), or None."""
+        return lineage.newest(self.checkpoints(), self.records(), step)
+
+    def reader(self, identity: SnapshotId) -> StoredCheckpoint:
+        """A committed checkpoint; NotFoundError, FormatError, VersionError."""
+        return StoredCheckpoint(self._disk, names.checkpoint(identity))
+
+    def committed(self, identity: SnapshotId) -> bool:
+        """Whether a checkpoint is durable: committed, and synced by whoever committed it or, to be sure, by us.
+
+        StoreError if its commit failed in this process; a restart may ask again.
+        """
+        self._refuse_doubt(identity)
+        directory = names.checkpoint(identity)
+        try:
+            read_commit(self._disk, directory)
+        except (NotFoundError, FormatError):
+            return False
+        try:
+            self._disk.sync_directory((directory,))
+            self._disk.sync_directory(())
+        except CkptdError:
+            self._doubt(identity)
+            raise
+        return True
+
+    def writer(self, identity: SnapshotId, job: str, *, joined: bool = False) -> CheckpointWriter:
+        """Begins to write a checkpoint. A leftover of an earlier attempt is removed first. `joined`: the root of the
+        epoch did this already, on another node, and will commit; this process adds parts.
+
+        StoreError if the checkpoint is committed: ask `committed` first.
+        """
+        identity.epoch.check()
+        directory = names.checkpoint(identity)
+        self._refuse_doubt(identity)
+        if not joined:
+            if self._is_committed(directory):
+                raise StoreError(f"{self._disk.describe((directory,))}: is committed; committed bytes never change")
+            self._remove(directory)
+            for path in ((directory,), (directory, names.DATA), (directory, names.MANIFEST)):
+                self._disk.make_directory(path)
+        return CheckpointWriter(self._disk, identity, job, lambda: self._doubt(identity), joined)
+
+    def remove(self, identity: SnapshotId) -> None:
+        """Removes a checkpoint, committed or not: first COMMIT, durably, then the rest."""
+        self._refuse_doubt(identity)
+        self._remove(names.checkpoint(identity))
+
+    def prune(self, keep: int) -> list[SnapshotId]:
+        """Removes all but the newest `keep` checkpoints; those of dead branches count as older than any live one."""
+        if keep < 1:
+            raise ConfigError(f"prune: keep={keep}; at least the newest checkpoint must be kept")
+        with self._lock:
+            sound = [identity for identity in self.checkpoints() if identity not in self._in_doubt]
+        alive = lineage.live(sound, self.records())
+        dead = sorted(set(sound) - set(alive), reverse=True)
+        removed = list(reversed((alive + dead)[keep:]))
+        for identity in removed:
+            self.remove(identity)
+        return removed
+
+    def clean(self, keep: Collection[SnapshotId] = ()) -> list[str]:
+        """Removes leftovers: directories without COMMIT, but for those in `keep` (being written), and temporary files.
+
+        A directory with a COMMIT that is not valid stays: it may be of a newer version, or worth a rescue.
+        """
+        removed = []
+        for identity, name, problem in self._directories():
+            if problem is not None and identity not in keep and not self._has_commit(name):
+                remove_tree(self._disk, (name,))
+                removed.append(name)
+        for path in self._temporary_files():
+            discard_file(self._disk, path)
+            removed.append("/".join(path))
+        return removed
+
+    def _temporary_files(self) -> list[Path]:
+        try:
+            entries = self._disk.list_directory((names.EPOCHS,))
+        except NotFoundError:
+            return []
+        return [
+            (names.EPOCHS, name)
+            for name, _ in entries
+            if name.startswith(".") and name.endswith(".tmp") and names.parse_record(name[1:-4]) is not None
+        ]
+
+    def _directories(self) -> list[tuple[SnapshotId, str, str | None]]:
+        """(id, name, why it does not count as committed) of every checkpoint directory."""
+        found: list[tuple[SnapshotId, str, str | None]] = []
+        for name, is_directory in self._disk.list_directory(()):
+            identity = names.parse_checkpoint(name)
+            if identity is None:
+                continue
+            problem: str | None = None
+            try:
+                if not is_directory:
+                    raise FormatError(f"{self._disk.describe((name,))}: expected a directory")
+                read_commit(self._disk, name)
+            except NotFoundError:
+                problem = "no COMMIT: unfinished, or being written or removed"
+            except (FormatError, VersionError) as error:
+                problem = str(error)
+            found.append((identity, name, problem))
+        return sorted(found)
+
+    def _is_committed(self, directory: str) -> bool:
+        try:
+            read_commit(self._disk, directory)
+        except (NotFoundError, FormatError):
+            return False
+        return True
+
+    def _has_commit(self, directory: str) -> bool:
+        return any(entry.name == names.COMMIT for entry in self._disk.list_directory((directory,)))
+
+    def _remove(self, directory: str) -> None:
+        try:
+            if self._has_commit(directory):
+                self._disk.unlink((directory, names.COMMIT))
+                self._disk.sync_directory((directory,))
+        except NotFoundError:
+            return
+        remove_tree(self._disk, (directory,))
+
+    def _refuse_doubt(self, identity: SnapshotId) -> None:
+        with self._lock:
+            if identity in self._in_doubt:
+                raise StoreError(
+                    f"{self._disk.describe((names.checkpoint(identity),))}: its commit failed in this process and may "
+                    "or may not be on disk; it is left as it is. Flush a later step"
+                )
+
+    def _doubt(self, identity: SnapshotId) -> None:
+        with self._lock:
+            self._in_doubt.add(identity)
+
+
+def open_checkpoint(place: str | os.PathLike[str]) -> StoredCheckpoint:
+    """The checkpoint at a path or file:// URI: a checkpoint's own directory (of any name), or the newest of a store."""
+    path = _local_path(place)
+    parent, name = os.path.split(path)
+    if name and (names.parse_checkpoint(name) is not None or os.path.lexists(os.path.join(path, names.COMMIT))):
+        return StoredCheckpoint(open_root(parent, create=False), name)
+    store = Store.open(path)
+    identity = store.newest()
+    if identity is None:
+        broken = "; ".join(f"{name}: {reason}" for name, reason in store.broken()[:5])
+        raise NotFoundError(f"{path}: no committed checkpoint{'; found ' + broken if broken else ' here'}")
+    return store.reader(identity)
+
+
+def _local_path(uri: str | os.PathLike[str]) -> str:
+    """The canonical absolute path that a path or file:// URI names."""
+    text = os.fspath(uri)
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme != "file":
+        raise ConfigError(f"store {text!r}: scheme {scheme!r} is not supported; expected a path or file:///path")
+    if separator:
+        host, slash, tail = rest.partition("/")
+        if host not in ("", "localhost"):
+            raise ConfigError(f"store {text!r}: names the host {host!r}; expected file:///path")
+        text = urllib.parse.unquote(slash + tail)
+    if not text or "\0" in text:
+        raise ConfigError(f"store {text!r}: expected a path or file:///path")
+    return os.path.realpath(os.path.expanduser(text))

@@ -1,0 +1,205 @@
+"""Writing one checkpoint: parts by many writers, then COMMIT by the root (docs/format.md, section 9).
+
+Invariants: nothing is named in COMMIT before it is durable; a failed sync ends the attempt; a failure from the renaming
+of COMMIT on leaves the checkpoint in doubt, and its files alone. Every sync and rename here is needed:
+tests/store/test_crashes.py leaves them out one by one and sees a checkpoint lost or torn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ckptd.core.catalog import Catalog
+from ckptd.core.errors import StoreError
+from ckptd.core.types import SnapshotId
+from ckptd.format.commit import Commit, ObjectsFile, Part, encode_commit
+from ckptd.format.layout import FILE_BYTES, LARGE_ALIGNMENT, aligned
+from ckptd.format.manifest import to_parquet
+from ckptd.format.objects import pack_table
+from ckptd.tiers.store import names
+from ckptd.tiers.store.disk import Disk, OutputFile
+from ckptd.tiers.store.files import remove_tree, write_file
+from ckptd.tiers.store.pipeline import Read, encoded_rows
+
+_PADDING = bytes(LARGE_ALIGNMENT)
+
+
+class CheckpointWriter:
+    """One attempt at one checkpoint, made by `Store.writer`. `in_doubt` is called if COMMIT may or may not exist;
+    `joined`: another process created the directory, commits, and cleans up."""
+
+    def __init__(
+        self, disk: Disk, identity: SnapshotId, job: str, in_doubt: Callable[[], None], joined: bool = False
+    ) -> None:
+        self.id = identity
+        self._disk = disk
+        self._job = job
+        self._directory = names.checkpoint(identity)
+        self._in_doubt = in_doubt
+        self._joined = joined
+        self._committing = False
+        self._ended: str | None = None
+
+    def part(self, writer: int) -> PartWriter:
+        """Writes what this process adds; `writer` is its number, unique in the checkpoint."""
+        return PartWriter(self._disk, self._directory, writer, self._attempt)
+
+    def commit(self, parts: Sequence[Part], objects: Mapping[str, bytes]) -> None:
+        """Makes the checkpoint exist, durably, of exactly these parts. StoreError if it cannot."""
+        directory = (self._directory,)
+        with self._attempt():
+            table = pack_table(objects)
+            commit = encode_commit(
+                Commit(
+                    self._job,
+                    self.id.step,
+                    self.id.epoch,
+                    sorted(parts, key=lambda part: part.writer),
+                    ObjectsFile(len(table), hashlib.sha256(table).hexdigest()),
+                )
+            )
+            write_file(self._disk, (*directory, names.OBJECTS), table)
+            self._disk.sync_directory(directory)
+            self._disk.sync_directory(())
+            write_file(self._disk, (*directory, names.COMMIT_TEMPORARY), commit)
+            self._committing = True
+            try:
+                self._disk.rename((*directory, names.COMMIT_TEMPORARY), (*directory, names.COMMIT))
+                self._disk.sync_directory(directory)
+            except BaseException:
+                self._in_doubt()
+                raise
+            self._ended = "it is committed"
+
+    def abort(self) -> None:
+        """Removes what was written, unless COMMIT was reached: then all must stay as it is."""
+        self._ended = self._ended or "it was aborted"
+        if not self._committing and not self._joined:
+            remove_tree(self._disk, (self._directory,))
+
+    @contextlib.contextmanager
+    def _attempt(self) -> Iterator[None]:
+        """Runs one step of the attempt; the first error ends it for good."""
+        if self._ended is not None:
+            raise StoreError(f"{self.id}: cannot go on writing this checkpoint: {self._ended}")
+        try:
+            yield
+        except BaseException as error:
+            self._ended = self._ended or f"an earlier step failed: {error}"
+            raise
+
+
+class PartWriter:
+    """One writer's data files and manifest part."""
+
+    def __init__(
+        self,
+        disk: Disk,
+        directory: str,
+        writer: int,
+        attempt: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:
+        self._disk = disk
+        self._directory = directory
+        self._writer = writer
+        self._attempt = attempt
+
+    def write(
+        self, catalog: Catalog, read: Read, *, threads: int = 1, cancelled: Callable[[], bool] = lambda: False
+    ) -> Part:
+        """Writes all rows of `catalog`, whose places say where the bytes are now, durably; the answer is for `commit`.
+
+        `read(row, into)` fills `into` with a row's raw bytes; it is called on `threads` threads. Rows that share a
+        place are stored once. Raises StoreError (disk, cancelled) and CorruptionError (checksum of what was read).
+        """
+        with self._attempt():
+            chosen, owner = _without_ties(catalog)
+            data = _DataFiles(self._disk, self._directory, self._writer)
+            columns = {
+                name: np.zeros(len(catalog), kind)
+                for name, kind in (("file", "i4"), ("file_offset", "i8"), ("stored", "i8"), ("codec", "u1"))
+            }
+            written = 0
+            with contextlib.closing(data):
+                for row, codec, stored in encoded_rows(catalog, chosen.tolist(), read, threads, cancelled):
+                    columns["file"][row], columns["file_offset"][row] = data.append(stored)
+                    columns["stored"][row], columns["codec"][row] = len(stored), codec
+                    written += 1
+                if written != len(chosen):
+                    raise StoreError(f"{self._disk.describe((self._directory,))}: writing was cancelled")
+                data.finish()
+            placed = catalog.replaced(
+                writer=np.full(len(catalog), self._writer), **{name: value[owner] for name, value in columns.items()}
+            )
+            return self._write_manifest(placed, data.lengths)
+
+    def _write_manifest(self, catalog: Catalog, lengths: list[int]) -> Part:
+        if lengths:
+            self._disk.sync_directory((self._directory, names.DATA))
+        manifest = to_parquet(catalog)
+        path = names.manifest_part(self._directory, self._writer)
+        write_file(self._disk, path, manifest)
+        self._disk.sync_directory(path[:-1])
+        return Part(self._writer, len(catalog), len(manifest), hashlib.sha256(manifest).hexdigest(), lengths)
+
+
+class _DataFiles:
+    """Appends chunks to data files, each placed as the format says."""
+
+    def __init__(self, disk: Disk, directory: str, writer: int) -> None:
+        self.lengths: list[int] = []
+        self._disk = disk
+        self._directory = directory
+        self._writer = writer
+        self._file: OutputFile | None = None
+
+    def append(self, stored: bytes | memoryview) -> tuple[int, int]:
+        """Writes one chunk; returns (file, file_offset)."""
+        start = aligned(self.lengths[-1], len(stored)) if self._file is not None else 0
+        if self._file is not None and start + len(stored) > FILE_BYTES:
+            self.finish()
+        if self._file is None:
+            path = names.data_file(self._directory, self._writer, len(self.lengths))
+            self._file = self._disk.create(path, large=True)
+            self.lengths.append(0)
+            start = 0
+        self._file.write(_PADDING[: start - self.lengths[-1]])
+        self._file.write(stored)
+        self.lengths[-1] = start + len(stored)
+        return len(self.lengths) - 1, start
+
+    def finish(self) -> None:
+        """Makes the contents of the current file durable."""
+        if self._file is not None:
+            self._file.sync()
+            self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _without_ties(catalog: Catalog) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(rows to store, in order; for every row, the row that stores its bytes). Empty rows are not stored.
+
+    Tied rows have one place now, and must agree in everything that makes their stored bytes the same.
+    """
+    rows = np.arange(len(catalog))
+    filled = np.flatnonzero(catalog.raw)
+    dtypes = {name: number for number, name in enumerate(sorted({info.dtype for info in catalog.tensors}))}
+    dtype = np.array([dtypes[info.dtype] for info in catalog.tensors], np.int64)[catalog.tensor[filled]]
+    place = [getattr(catalog, name)[filled] for name in ("writer", "file", "file_offset", "raw", "crc")]
+    order = np.lexsort((filled, dtype, *place))
+    same = np.ones(max(len(order) - 1, 0), bool)
+    for column in (dtype, *place):
+        same &= column[order[1:]] == column[order[:-1]]
+    first = np.concatenate([[True], ~same]) if len(order) else np.zeros(0, bool)
+    leader = filled[order][np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))]
+    rows[filled[order]] = leader
+    return np.sort(filled[order][first]), rows
