@@ -44,7 +44,7 @@ class Session:
     """See the module docstring. Thread-safe."""
 
     def __init__(self, address: Address, connection: socket.socket, hello: m.Hello, handler: Handler) -> None:
-        """`connection` is open and nothing was said on it yet as this rank."""
+        """`hello` was said on `connection` and welcomed; it is said again on later connections."""
         self._address = address
         self._connection = connection
         self._hello = hello
@@ -54,8 +54,6 @@ class Session:
         self._ended = False
         self.lost = 0
         self._thread = threading.Thread(target=self._run, name="ckptd-session", daemon=True)
-        self._queue.append((hello, []))
-        os.eventfd_write(self._wake, 1)
         self._thread.start()
 
     def say(self, message: m.Message, descriptors: list[int] | None = None) -> None:
@@ -87,7 +85,7 @@ class Session:
     def _converse(self) -> None:
         """Until the connection is lost (returns or raises) or the session has ended and all is sent."""
         while True:
-            readable, _, _ = select.select([self._connection, self._wake], [], [])
+            readable, _, _ = select.select([self._connection.fileno(), self._wake], [], [])
             if self._wake in readable:
                 os.eventfd_read(self._wake)
                 while self._queue:
@@ -98,7 +96,7 @@ class Session:
                         os.close(descriptor)
             if self._ended:
                 return
-            if self._connection in readable:
+            if self._connection.fileno() in readable:
                 received = receive(self._connection, "from")
                 if received is None:
                     return

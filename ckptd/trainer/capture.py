@@ -1,0 +1,576 @@
+"""Capture: a rank's side of grants, from the boundary of a step to Captured or Missed.
+
+Owns the rank's slots, the outcome of every grant, and the copy window. Two threads meet here: the training thread at
+boundaries and before optimizer steps, the session's thread with messages; `_lock` guards what both touch.
+
+Invariants
+- A slot is written only between a Grant for it and the outcome of that grant (protocol/slots.py).
+- A grant has one outcome, remembered and repeated until superseded.
+- The window: what is copied lazily is only what optimizer steps alone may write; the copy is complete, or given up,
+  before the next optimizer step runs (PROTOCOL section 6, docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ckptd.core.catalog import Catalog
+from ckptd.core.config import Options
+from ckptd.core.errors import CkptdError, DaemonError, DeadlineError, StoreError
+from ckptd.core.types import Epoch, Level, SnapshotId
+from ckptd.daemon.client import refusal
+from ckptd.daemon.session import Session
+from ckptd.format.objects import pack_table
+from ckptd.plan.save import Piece, plan_save
+from ckptd.plan.share import with_aliases
+from ckptd.protocol import messages as m
+from ckptd.tiers.arena import Geometry, Slot, layout
+from ckptd.trainer.copying import CopyJobs
+from ckptd.trainer.state import AppState
+from ckptd.trainer.state_tensors import Source
+
+log = logging.getLogger("ckptd.capture")
+
+AUDITED_FIRST, AUDITED_EVERY = 3, 100
+"""Windows whose sources are hashed at the boundary and compared with the copy: the first few, then one in so many."""
+
+OBJECTS_ROOM = 64 * 1024
+WAIT_SLICE_S = 0.5
+
+
+class Holdings(msgspec.Struct, frozen=True):
+    """What a rank tells the others of its state: its pieces, and second keys of tied tensors."""
+
+    pieces: list[Piece]
+    aliases: dict[str, str]
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """What slots hold at present: the pieces it was planned from, and where each chunk goes."""
+
+    generation: int
+    aliases: dict[str, str]
+    pieces: list[Piece]
+    catalog: Catalog
+    geometry: Geometry
+    table: bytes
+
+
+class Statistics(msgspec.Struct):
+    """What the loop paid and got. Seconds and counts since the start of this process."""
+
+    steps: int = 0
+    snapshots_captured: int = 0
+    snapshots_sealed: int = 0
+    snapshots_skipped: int = 0
+    stall_s_total: float = 0.0
+    stall_s_last: float = 0.0
+    bytes_captured: int = 0
+    skip_reasons: dict[str, int] = {}
+
+
+class Capture:
+    """See the module docstring. Implements the session's Handler."""
+
+    def __init__(self, state: AppState, epoch: Epoch, rank: int, threads: int, options: Options) -> None:
+        self.statistics = Statistics()
+        self.session: Session | None = None
+        self._state, self._epoch, self._rank, self._threads, self._options = state, epoch, rank, threads, options
+        self._changed = threading.Condition()
+        self._lock = self._changed
+        self._grants: dict[int, int] = {}
+        self._outcomes: dict[int, m.Captured | m.Missed] = {}
+        self._survey: int | None = None
+        self._pieces: tuple[int, list[Piece]] | None = None
+        self._layout: Layout | None = None
+        self._jobs: CopyJobs | None = None
+        self._slots: dict[int, Slot] = {}
+        self._retired: list[Slot] = []
+        self._making = threading.Lock()
+        self._objects_room = OBJECTS_ROOM
+        self._boundary: m.Boundary | None = None
+        self._passed = -1
+        self._requested: int | None = None
+        self._standing: list[m.Message] = []
+        self._sealed = -1
+        self._durable = -1
+        self._answers: list[m.Message] = []
+        self._failed_flush: tuple[int, str] | None = None
+        self._refused: CkptdError | None = None
+        self._window: _Window | None = None
+        self._windows = 0
+        self._closed = False
+
+    def start(self, session: Session) -> None:
+        """The session through which to speak; called once, before anything else."""
+        self.session = session
+
+    # --- the training thread
+
+    def boundary(self, step: int, step_s: float, updated: bool) -> None:
+        """`step` steps are complete. `updated`: an optimizer has stepped since the last boundary."""
+        self.close_window()
+        self.statistics.steps += 1
+        with self._lock:
+            retired, self._retired = self._retired, []
+            if self._refused is not None:
+                raise self._refused
+            self._boundary = m.Boundary(step, step_s)
+        for slot in retired:
+            slot.close()
+        self._say(self._boundary)
+        if not updated:
+            return
+        self._answer_survey()
+        grant = self._due(step)
+        if grant is not None:
+            self._capture(*grant, step)
+
+    def snapshot(self, step: int, deadline_s: float) -> None:
+        """Captures `step`, at whose boundary every rank stands; returns when it is sealed. Raises DeadlineError."""
+        until = time.monotonic() + deadline_s
+        with self._lock:
+            if self._sealed >= step:
+                return
+            self._requested = step
+        try:
+            self._say(m.Request(step))
+            while True:
+                self._answer_survey()
+                grant = self._due(step)
+                if grant is not None:
+                    self._capture(*grant, step)
+                    self.close_window()
+                with self._lock:
+                    if self._refused is not None:
+                        raise self._refused
+                    if self._sealed >= step:
+                        return
+                    if not self._changed.wait_for(lambda: self._wakes(step), WAIT_SLICE_S):
+                        self._check_deadline(until, f"the snapshot of step {step} was not sealed")
+        finally:
+            with self._lock:
+                self._requested = None
+
+    def close_window(self) -> None:
+        """Returns when nothing is being copied any more: before any write that a copy must not see."""
+        window = self._window
+        if window is not None:
+            started = time.perf_counter()
+            window.finish(self._options.max_stall_s)
+            self._window = None
+            self._stalled(time.perf_counter() - started)
+
+    def wait(self, level: Level, step: int, timeout_s: float | None) -> Level:
+        """Until `step` has reached `level`. Raises StoreError, DeadlineError."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            while True:
+                found = self._level(step)
+                if found is not None and found >= level:
+                    return found
+                if self._failed_flush is not None and level is Level.DURABLE and self._failed_flush[0] >= step:
+                    raise StoreError(self._failed_flush[1])
+                if until is not None:
+                    self._check_deadline(until, f"step {step} did not reach level {level}")
+                self._changed.wait(WAIT_SLICE_S)
+
+    def level(self, step: int) -> Level | None:
+        """The level of a step of this epoch, if it has one."""
+        with self._lock:
+            return self._level(step)
+
+    @property
+    def sealed(self) -> int:
+        """The newest sealed step of this epoch, -1 if none."""
+        return self._sealed
+
+    def ask(self, message: m.Message, answers: tuple[type[m.Message], ...], timeout_s: float | None) -> m.Message:
+        """Says `message`, again after reconnections, until an answer of one of the types comes. Raises StoreError for a
+        Refuse, DeadlineError."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            self._standing.append(message)
+            self._failed_flush = None
+        self._say(message)
+        try:
+            with self._lock:
+                while True:
+                    for answer in self._answers:
+                        if isinstance(answer, (*answers, m.Refuse)):
+                            self._answers.remove(answer)
+                            if isinstance(answer, m.Refuse):
+                                raise refusal(answer)
+                            return answer
+                    if until is not None:
+                        self._check_deadline(until, f"no answer to {type(message).__name__}")
+                    self._changed.wait(WAIT_SLICE_S)
+        finally:
+            with self._lock:
+                self._standing.remove(message)
+
+    def close(self, message: m.Message, timeout_s: float) -> None:
+        """Says the last word, waits until it is heard, and lets go of the slots."""
+        self.close_window()
+        if self.session is not None:
+            if isinstance(message, m.Close):
+                try:
+                    self.ask(message, (m.Closed,), timeout_s)
+                except (DeadlineError, DaemonError) as error:
+                    log.warning("closing the job: %s", error)
+            else:
+                self._say(message)
+            self._closed = True
+            self.session.end()
+        with self._lock:
+            for slot in [*self._slots.values(), *self._retired]:
+                slot.close()
+            self._slots, self._retired = {}, []
+
+    def _check_deadline(self, until: float, what: str) -> None:
+        if time.monotonic() >= until:
+            raise DeadlineError(f"{what} in time; `ckptd status` shows the daemon's view")
+
+    def _say(self, message: m.Message, descriptors: list[int] | None = None) -> None:
+        assert self.session is not None
+        self.session.say(message, descriptors)
+
+    def _wakes(self, step: int) -> bool:
+        """Something has come that the training thread must act on while it waits in `snapshot`."""
+        due = any(grant <= step and grant not in self._outcomes for grant in self._grants)
+        return due or self._survey is not None or self._sealed >= step or self._refused is not None
+
+    def _level(self, step: int) -> Level | None:
+        if step <= self._durable:
+            return Level.DURABLE
+        if step <= self._sealed:
+            return Level.SEALED
+        captured = any(isinstance(x, m.Captured) and x.step == step for x in self._outcomes.values())
+        return Level.CAPTURED if captured else None
+
+    # --- surveys and layouts
+
+    def _answer_survey(self) -> None:
+        """Tells the daemon what the state consists of."""
+        with self._lock:
+            generation, self._survey = self._survey, None
+        if generation is None:
+            return
+        sources = self._state.sources()
+        pieces = pieces_of(sources)
+        self._pieces = (generation, pieces)
+        holdings = Holdings(pieces, self._state.aliases())
+        self._objects_room = max(self._objects_room, 2 * len(pack_table(self._state.objects())) + OBJECTS_ROOM)
+        descriptor = os.memfd_create("ckptd-pieces", os.MFD_CLOEXEC)
+        os.write(descriptor, msgspec.msgpack.encode(holdings))
+        self._say(m.Pieces(generation), [descriptor])
+
+    def _plan(self, generation: int, descriptors: list[int]) -> None:
+        """Every rank's pieces are here (session's thread): plan, and ask for slots."""
+        held = []
+        for descriptor in descriptors:
+            data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+            held.append(msgspec.msgpack.decode(data, type=Holdings))
+        if self._pieces is None or self._pieces[0] != generation or held[self._rank].pieces != self._pieces[1]:
+            return
+        keys = {piece.key for holdings in held for piece in holdings.pieces}
+        aliases = {k: v for holdings in reversed(held) for k, v in holdings.aliases.items() if k not in keys}
+        catalog = with_aliases(plan_save([holdings.pieces for holdings in held])[self._rank], aliases)
+        geometry, table = layout(self._rank, catalog, self._objects_room)
+        with self._lock:
+            self._layout = Layout(generation, aliases, self._pieces[1], catalog, geometry, table)
+            self._jobs = None
+        self._say(m.Layout(generation, geometry.digest, geometry.size))
+
+    def _allot(self, message: m.Allot, descriptors: list[int]) -> None:
+        """Takes over slots that are there and makes the others, in a thread of its own: populating takes time."""
+        made = self._layout
+        if made is None or made.generation != message.generation:
+            _close_all(descriptors)
+            return
+        threading.Thread(target=self._make, args=(made, message, descriptors), name="ckptd-slots", daemon=True).start()
+
+    def _make(self, made: Layout, message: m.Allot, descriptors: list[int]) -> None:
+        try:
+            with self._making:
+                with self._lock:
+                    old = [number for number, slot in self._slots.items() if slot.geometry != made.geometry]
+                    self._retired += [self._slots.pop(number) for number in old]
+                for number, descriptor in zip(message.reuse, descriptors, strict=True):
+                    self._ready(number, Slot.open(descriptor), fresh=False)
+                for number in message.create:
+                    if number not in self._slots:
+                        self._ready(number, Slot.create(made.geometry, made.table), fresh=True)
+        except (CkptdError, OSError) as error:
+            with self._lock:
+                self._refused = error if isinstance(error, CkptdError) else DaemonError(f"snapshot memory: {error}")
+                self._changed.notify_all()
+
+    def _ready(self, number: int, slot: Slot, fresh: bool) -> None:
+        slot.map()
+        with self._lock:
+            if self._closed or number in self._slots:
+                slot.close()
+                return
+            self._slots[number] = slot
+        self._say(m.Ready(number), [os.dup(slot.descriptor)] if fresh else None)
+
+    # --- capture
+
+    def _due(self, step: int) -> tuple[int, int] | None:
+        """The grant to use at the boundary of `step`, and its slot. Older ones have been overtaken."""
+        with self._lock:
+            self._passed = max(self._passed, step)
+            due = sorted(g for g in self._grants if g <= step and g not in self._outcomes)
+            for grant in due[:-1]:
+                self._settle(m.Missed(grant, "revoked"))
+            return (due[-1], self._grants[due[-1]]) if due else None
+
+    def _settle(self, outcome: m.Captured | m.Missed) -> None:
+        """The one outcome of a grant; said, remembered, counted."""
+        with self._lock:
+            if outcome.grant in self._outcomes:
+                return
+            self._outcomes[outcome.grant] = outcome
+            if isinstance(outcome, m.Missed):
+                self.statistics.snapshots_skipped += 1
+                reasons = self.statistics.skip_reasons
+                reasons[outcome.reason] = reasons.get(outcome.reason, 0) + 1
+            else:
+                self.statistics.snapshots_captured += 1
+            self._changed.notify_all()
+        self._say(outcome)
+
+    def _capture(self, grant: int, number: int, step: int) -> None:
+        started = time.perf_counter()
+        slot = self._slots.get(number)
+        made = self._layout
+        try:
+            jobs = self._current_jobs(made)
+            objects = pack_table(self._state.objects())
+            if made is None or slot is None or jobs is None or len(objects) > made.geometry.objects_bytes:
+                self._settle(m.Missed(grant, "layout"))
+                return
+            slot.begin()
+            capture = _Running(self, slot, jobs, grant, number, step, objects, started)
+            lazy = jobs.windowed if self._options.capture == "lazy" else jobs.windowed[:0]
+            eager = jobs.eager if len(lazy) else np.concatenate([jobs.eager, jobs.windowed])
+            jobs.copy(eager, slot.map(), capture.crcs, self._threads)
+        except CkptdError as error:
+            log.error("step %d is not captured: %s", step, error)
+            self._settle(m.Missed(grant, "failed"))
+            return
+        if len(lazy):
+            self._window = _Window(capture, lazy, self._audits(), self._threads)
+        else:
+            capture.complete()
+        self._stalled(time.perf_counter() - started)
+
+    def _current_jobs(self, made: Layout | None) -> CopyJobs | None:
+        """The copy jobs for the tensors that are in use now; None if they have another layout than the slots."""
+        if made is None:
+            return None
+        jobs = self._jobs
+        if jobs is None or not self._state.unchanged() or not jobs.refresh():
+            sources = self._state.sources()
+            if pieces_of(sources) != made.pieces:
+                return None
+            self._jobs = CopyJobs(made.catalog, sources, made.aliases)
+        return self._jobs
+
+    def _audits(self) -> bool:
+        self._windows += 1
+        return self._options.audit or self._windows <= AUDITED_FIRST or self._windows % AUDITED_EVERY == 0
+
+    def _stalled(self, seconds: float) -> None:
+        self.statistics.stall_s_last = seconds
+        self.statistics.stall_s_total += seconds
+
+    # --- the session's thread
+
+    def received(self, message: m.Message, descriptors: list[int]) -> None:
+        """A message of the daemon."""
+        match message:
+            case m.Plan():
+                try:
+                    self._plan(message.generation, descriptors)
+                finally:
+                    _close_all(descriptors)
+            case m.Allot():
+                self._allot(message, descriptors)
+            case m.Grant():
+                self._granted(message)
+            case m.Revoke():
+                self._revoked(message.step)
+            case _:
+                _close_all(descriptors)
+                with self._lock:
+                    self._noted(message)
+                    self._changed.notify_all()
+
+    def repeat(self) -> list[m.Message]:
+        """What the daemon may not have heard."""
+        with self._lock:
+            said: list[m.Message] = [*self._outcomes.values()]
+            if self._boundary is not None:
+                said.insert(0, self._boundary)
+            if self._requested is not None:
+                said.append(m.Request(self._requested))
+            return [*said, *self._standing]
+
+    def _granted(self, message: m.Grant) -> None:
+        with self._lock:
+            known = self._outcomes.get(message.step)
+            if known is not None and self._requested == message.step and isinstance(known, m.Missed):
+                del self._outcomes[message.step]
+                known = None
+            self._grants[message.step] = message.slot
+            late = message.step <= self._passed and message.step != self._requested
+            self._changed.notify_all()
+        if known is not None:
+            self._say(known)
+        elif late:
+            self._settle(m.Missed(message.step, "late"))
+
+    def _revoked(self, step: int) -> None:
+        """The daemon takes a grant back. What is being copied under it goes on, and is settled when it ends."""
+        window = self._window
+        if window is not None and window.capture.grant == step:
+            return
+        known = self._outcomes.get(step)
+        if known is not None:
+            self._say(known)
+        else:
+            self._settle(m.Missed(step, "revoked"))
+
+    def _noted(self, message: m.Message) -> None:
+        match message:
+            case m.Survey():
+                self._survey = message.generation
+            case m.Reached(step=step, level=Level.DURABLE):
+                self._durable = max(self._durable, step)
+                self._failed_flush = None
+            case m.Reached(step=step):
+                if step > self._sealed:
+                    self.statistics.snapshots_sealed += 1
+                self._sealed = max(self._sealed, step)
+                self._forget(step)
+            case m.FlushFailed():
+                self._failed_flush = (message.step, message.message)
+                log.error("step %d could not be made durable: %s", message.step, message.message)
+            case m.Welcome():
+                self._rejoined(message)
+            case m.Refuse() if not self._standing:
+                self._refused = refusal(message)
+            case _:
+                self._answers.append(message)
+
+    def _rejoined(self, message: m.Welcome) -> None:
+        """Back with a daemon. Slots that it has no number for went with its predecessor: it surveys anew. Those that
+        it has not heard of being ready are offered again."""
+        known = {*message.slots, *message.pending}
+        self._retired += [self._slots.pop(number) for number in list(self._slots) if number not in known]
+        for number in [n for n in message.pending if n in self._slots]:
+            self._say(m.Ready(number), [os.dup(self._slots[number].descriptor)])
+
+    def _forget(self, sealed: int) -> None:
+        """Outcomes of grants up to a sealed step are superseded."""
+        for grant in [g for g in self._outcomes if g <= sealed]:
+            del self._outcomes[grant]
+            self._grants.pop(grant, None)
+
+
+class _Running:
+    """One capture under way."""
+
+    def __init__(
+        self,
+        owner: Capture,
+        slot: Slot,
+        jobs: CopyJobs,
+        grant: int,
+        number: int,
+        step: int,
+        objects: bytes,
+        started: float,
+    ) -> None:
+        self.owner, self.slot, self.jobs, self.grant = owner, slot, jobs, grant
+        self.number, self.step, self.objects, self.started = number, step, objects, started
+        self.crcs: npt.NDArray[np.uint32] = np.zeros(len(jobs.catalog), np.uint32)
+
+    def complete(self, stall_s: float | None = None) -> None:
+        """Everything is copied: the slot holds the step."""
+        self.jobs.spread(self.crcs)
+        self.slot.commit(SnapshotId(self.owner._epoch, self.step), self.crcs, self.objects)
+        self.owner.statistics.bytes_captured += int(self.jobs.catalog.raw.sum())
+        stall = time.perf_counter() - self.started if stall_s is None else stall_s
+        self.owner._settle(m.Captured(self.grant, self.step, self.number, stall))
+
+    def missed(self, reason: m.Reason) -> None:
+        """The slot holds nothing whole."""
+        self.owner._settle(m.Missed(self.grant, reason))
+
+
+class _Window:
+    """The lazy part of a capture: a thread copies while the next forward and backward run."""
+
+    SLICE_BYTES = 64 * 1024 * 1024
+
+    def __init__(self, capture: _Running, rows: npt.NDArray[np.int64], audit: bool, threads: int) -> None:
+        self.capture = capture
+        self._rows, self._threads = rows, threads
+        self._stall_s = time.perf_counter() - capture.started
+        self._expected: npt.NDArray[np.uint32] | None = None
+        if audit:
+            self._expected = np.zeros_like(capture.crcs)
+            capture.jobs.checksum(rows, self._expected, threads)
+        self._witness = capture.jobs.witness(rows)
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._copy, name="ckptd-window", daemon=True)
+        self._thread.start()
+
+    def finish(self, max_stall_s: float) -> None:
+        """Waits for the copy, at most `max_stall_s`; then it is given up and the snapshot skipped."""
+        self._thread.join(max_stall_s)
+        if self._thread.is_alive():
+            self._given_up.set()
+            self._thread.join()
+
+    def _copy(self) -> None:
+        capture, jobs = self.capture, self.capture.jobs
+        try:
+            for rows in jobs.slices(self._rows, self.SLICE_BYTES):
+                if self._given_up.is_set():
+                    capture.missed("stall")
+                    return
+                jobs.copy(rows, capture.slot.map(), capture.crcs, self._threads)
+            same = self._expected is None or np.array_equal(self._expected[self._rows], capture.crcs[self._rows])
+            if not same or jobs.witness(self._rows) != self._witness:
+                log.error(
+                    "step %d is not captured: a parameter or optimizer state changed while it was copied; "
+                    "call before_update() before such writes",
+                    capture.step,
+                )
+                capture.missed("mutated")
+                return
+            capture.complete(self._stall_s)
+        except Exception:
+            log.exception("step %d is not captured", capture.step)
+            capture.missed("failed")
+
+
+def pieces_of(sources: list[Source]) -> list[Piece]:
+    """What a save plan needs to know of a rank's tensors."""
+    return [Piece(s.key, s.dtype, s.shape, s.box.offsets, s.box.sizes, s.share.value) for s in sources]
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -1,0 +1,375 @@
+"""The Checkpointer: ckptd wrapped around a training loop.
+
+Owns the life of a job's epoch in this process: start and restore, the boundaries of steps, and the four ways out
+(clean end, exception, SIGTERM, death). What happens at a boundary is in capture.py, how an epoch starts in start.py.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, MutableMapping
+from types import TracebackType
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ckptd.core.config import Options, World
+from ckptd.core.errors import ConfigError, FormatError, UnrecoverableError
+from ckptd.core.types import Job, Level, SnapshotId
+from ckptd.daemon.address import Address, address_of
+from ckptd.daemon.session import Session
+from ckptd.protocol import messages as m
+from ckptd.tiers.arena import SnapshotReader
+from ckptd.tiers.store import Store, StoredCheckpoint
+from ckptd.trainer import collective, start
+from ckptd.trainer.capture import Capture
+from ckptd.trainer.restoring import restore_state
+from ckptd.trainer.signals import Terminator
+from ckptd.trainer.state import AppState
+
+log = logging.getLogger("ckptd")
+
+SEAL_S = 600.0
+"""How long a snapshot that every rank waits for may take."""
+
+CLOSE_S = 60.0
+
+
+class Checkpointer:
+    """Asynchronous snapshots of a training state, restored after any failure.
+
+    `state` maps names to modules, optimizers, anything with `state_dict`/`load_state_dict`, tensors, or plain data.
+    `store` is a path or URI for durable checkpoints; None keeps snapshots in memory only. Options (see docs and
+    `ckptd.core.config.Options`) may also be given as CKPTD_<NAME> in the environment.
+
+    Use as a context manager; every rank makes one with the same arguments. Raises ConfigError for options, a state or
+    an environment that cannot work, before anything is written.
+    """
+
+    def __init__(
+        self, state: MutableMapping[str, Any], store: str | os.PathLike[str] | None = None, **options: Any
+    ) -> None:
+        self._options = Options.resolve(options)
+        self._state = AppState(state)
+        self._world = World.from_environment()
+        self._store = None if store is None else Store.open(os.fspath(store), create=True).uri
+        self._address: Address = address_of(Job(_job_name(self._options.job, self._store)))
+        self._group: collective.Group | None = None
+        self._capture: Capture | None = None
+        self._session: Session | None = None
+        self._terminator: Terminator | None = None
+        self._unhook: Callable[[], None] | None = None
+        self._restored: dict[str, Any] | None = None
+        self._step = 0
+        self._open: int | None = None
+        self._updates = 0
+        self._updates_seen = 0
+        self._always_updated = False
+        self._boundary_at = 0.0
+        self._step_s = 0.0
+
+    # --- the context
+
+    def __enter__(self) -> Checkpointer:
+        self._group = collective.world()
+        if self._options.redundancy not in ("auto", "none"):
+            raise ConfigError(
+                f"redundancy={self._options.redundancy!r} needs several nodes; this version serves jobs on one node: "
+                "use 'auto' or 'none'"
+            )
+        start.check_nodes(self._group, self._world)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._capture is None:
+            return
+        try:
+            if kind is None:
+                self._finish()
+            else:
+                self._capture.close(m.Leave(), CLOSE_S)
+        except BaseException:
+            self._capture.close(m.Leave(), CLOSE_S)
+            raise
+        finally:
+            self._let_go()
+
+    def _finish(self) -> None:
+        """A clean end: the last step durable, the job closed."""
+        if self._open is not None and self._updated:
+            self._end_step(self._open)
+        self._open = None
+        if self._store is not None and self._step > 0:
+            self.flush()
+        self._running.close(m.Close(), CLOSE_S)
+
+    def _let_go(self) -> None:
+        if self._unhook is not None:
+            self._unhook()
+        if self._terminator is not None:
+            self._terminator.end()
+        self._capture = None
+
+    # --- restoring
+
+    def restore(self, step: int | None = None, before: int | None = None) -> int:
+        """Starts the job's epoch and restores the newest snapshot: of exactly `step`, or with fewer steps than `before`.
+
+        Once, before the first step; `steps` and `step` do it where it was not done. Collective. Returns the last
+        completed step, 0 if there is nothing to restore. Raises NotFoundError where a step that must be there is not,
+        MismatchError where it does not fit the state, UnrecoverableError where nothing readable is left.
+        """
+        if self._restored is not None:
+            raise ConfigError("restore: the state is restored already; make a new Checkpointer to restore again")
+        if self._group is None:
+            raise ConfigError("restore: use the Checkpointer as a context manager (`with ckptd.Checkpointer(...)`)")
+        exact = step if step is not None else self._options.resume if isinstance(self._options.resume, int) else None
+
+        def wanted(snapshot: SnapshotId) -> bool:
+            return (exact is None or snapshot.step == exact) and (before is None or snapshot.step < before)
+
+        excluded: list[tuple[SnapshotId, str]] = []
+        while True:
+            entry = start.enter(self._address, self._group, self._options, self._policy(), wanted, excluded)
+            choice = entry.choice
+            try:
+                age_s = self._load(entry)
+                break
+            except FormatError as error:
+                assert choice.snapshot is not None
+                entry.connection.close()
+                excluded.append((choice.snapshot, choice.source))
+                if self._group.rank == 0:
+                    log.error("%s in %s cannot be restored, trying the next: %s", choice.snapshot, choice.source, error)
+                if choice.source == start.STORE and isinstance(self._options.resume, int):
+                    raise UnrecoverableError(f"{choice.snapshot} cannot be read: {error}") from error
+        if choice.snapshot is None and excluded:
+            entry.connection.close()
+            raise UnrecoverableError(
+                "no snapshot that was announced safe can be read: "
+                + "; ".join(f"{snapshot} in {source}" for snapshot, source in excluded)
+                + "; start with resume='never' to begin anew"
+            )
+        self._begin(entry, age_s)
+        return self._step
+
+    def _load(self, entry: start.Entry) -> float | None:
+        """Fills the state from what was chosen; its age in seconds. Raises the same error on every rank."""
+        group, choice = self._grouped, entry.choice
+        if choice.snapshot is None:
+            return None
+        opened: list[SnapshotReader | StoredCheckpoint] = []
+
+        def find() -> bytes:
+            assert choice.snapshot is not None
+            if choice.source == start.MEMORY:
+                opened.append(SnapshotReader(choice.snapshot, entry.restore))
+            else:
+                assert self._store is not None
+                opened.append(Store.open(self._store).reader(choice.snapshot))
+            return b""
+
+        group.together(find)
+        origin = opened[0]
+        restore_state(self._state, group, origin, rng=True, what=f"{choice.snapshot} in {choice.source}")
+        if isinstance(origin, StoredCheckpoint):
+            return None
+        age_s = max(0.0, time.time() - origin.captured_at)
+        origin.close()
+        return age_s
+
+    def _begin(self, entry: start.Entry, age_s: float | None) -> None:
+        """Everything is in place: the session starts, hooks are set."""
+        choice = entry.choice
+        self._step = 0 if choice.snapshot is None else choice.snapshot.step
+        self._restored = {
+            "step": self._step,
+            "epoch": str(choice.epoch),
+            "source": choice.source,
+            "age_s": age_s,
+        }
+        if self._grouped.rank == 0:
+            _announce(self._address.job, self._restored)
+        threads = max(1, len(os.sched_getaffinity(0)) // max(1, self._world.local_size))
+        self._capture = Capture(self._state, choice.epoch, self._grouped.rank, threads, self._options)
+        self._session = Session(self._address, entry.connection, entry.hello, self._capture)
+        self._capture.start(self._session)
+        self._always_updated = not self._state.optimizers()
+        self._unhook = register_optimizer_step_pre_hook(self._before_optimizer).remove
+        self._terminator = Terminator(self._drain, self._options.grace_s)
+        self._boundary_at = time.perf_counter()
+        atexit.register(self._let_go)
+
+    def _policy(self) -> m.Policy:
+        options = self._options
+        timed = options.flush_every if isinstance(options.flush_every, datetime.timedelta) else None
+        return m.Policy(
+            store=self._store,
+            snapshot_steps=None if options.snapshot_every == "auto" else int(options.snapshot_every),
+            flush_steps=options.flush_every if isinstance(options.flush_every, int) else None,
+            flush_s=None if timed is None else timed.total_seconds(),
+            keep=options.keep,
+            overhead_budget=options.overhead_budget,
+            memory_bytes=None if options.memory == "auto" else int(options.memory),
+            linger_s=options.linger_s,
+        )
+
+    # --- the loop
+
+    def steps(self, stop: int | None = None) -> Iterator[int]:
+        """Restores, then yields the steps to do: last completed + 1 to `stop` (for ever if None). The snapshot of a
+        step is taken when the loop's body ends; after `break` or `return` too, if an optimizer stepped in the body."""
+        if self._restored is None:
+            self.restore()
+        while stop is None or self._step < stop:
+            self._open = self._step + 1
+            yield self._open
+            self._end_step(self._open)
+            self._open = None
+
+    def step(self, n: int | None = None) -> int:
+        """Ends a step in a loop that counts itself; `n` is the number of steps completed. Returns it."""
+        if self._restored is None:
+            self.restore()
+        self._end_step(self._step + 1 if n is None else n)
+        return self._step
+
+    def _end_step(self, step: int) -> None:
+        if step <= self._step:
+            raise ConfigError(f"step {step} ends after step {self._step}: steps only grow")
+        now = time.perf_counter()
+        taken = now - self._boundary_at
+        self._step_s = taken if not self._step_s else 0.8 * self._step_s + 0.2 * taken
+        self._step = step
+        self._running.boundary(step, self._step_s, self._updated)
+        self._updates_seen = self._updates
+        self._boundary_at = time.perf_counter()
+
+    @property
+    def _updated(self) -> bool:
+        """Whether the state has been updated since the last boundary."""
+        return self._always_updated or self._updates != self._updates_seen
+
+    def _before_optimizer(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.before_update()
+
+    def before_update(self) -> None:
+        """Closes the copy window: call before writing to parameters or optimizer state other than by a torch
+        optimizer's step (foreign optimizers, weight swaps, CUDA graph replay)."""
+        self._updates += 1
+        if self._capture is not None:
+            self._capture.close_window()
+
+    # --- on request
+
+    def snapshot(self) -> int | None:
+        """Captures the state at the last boundary now; every rank calls it. The step once it is sealed, None where the
+        state has moved on since the boundary or nothing is done yet."""
+        if self._capture is None or self._step == 0 or (self._updated and not self._always_updated):
+            return None
+        self._capture.snapshot(self._step, SEAL_S)
+        return self._step
+
+    def flush(self) -> int:
+        """Makes the last completed step durable; every rank calls it. Returns the step. Raises StoreError (memory keeps
+        the snapshot), ConfigError without a store."""
+        if self._store is None:
+            raise ConfigError("flush: this job has no store; give the Checkpointer one, or `ckptd flush --to PATH`")
+        self._running.close_window()
+        step = self.snapshot() or self._running.sealed
+        if step < 1:
+            raise ConfigError("flush: no step is captured yet")
+        if self._running.level(step) is not Level.DURABLE:
+            if self._grouped.rank == 0:
+                self._running.ask(m.Flush(), (m.Flushed,), None)
+            self._running.wait(Level.DURABLE, step, None)
+        return step
+
+    def wait(
+        self, level: str | Level = Level.DURABLE, step: int | None = None, timeout_s: float | None = None
+    ) -> Level:
+        """Until `step` (the last completed one if None) has reached `level`. Raises DeadlineError, StoreError, and
+        ConfigError where the level cannot be reached. Waiting for "durable" flushes."""
+        wanted = Level(level)
+        target = self._step if step is None else step
+        if wanted is Level.PROTECTED:
+            raise ConfigError("wait: level 'protected' needs several nodes; this job runs on one")
+        if wanted is Level.DURABLE:
+            if self._store is None:
+                raise ConfigError("wait: level 'durable' needs a store; this job has none")
+            if self._grouped.rank == 0 and self._running.level(target) is not Level.DURABLE:
+                self._running.ask(m.Flush(), (m.Flushed,), timeout_s)
+        return self._running.wait(wanted, target, timeout_s)
+
+    def level(self, step: int) -> Level | None:
+        """How safe a step of this epoch is; None if it was not captured (or is forgotten)."""
+        return self._running.level(step)
+
+    def statistics(self) -> dict[str, Any]:
+        """What the loop paid and got since this process started. Seconds, bytes, counts."""
+        numbers = {} if self._capture is None else {f: getattr(self._capture.statistics, f) for f in _NUMBERS}
+        lost = 0 if self._session is None else self._session.lost
+        return {
+            "restored": self._restored,
+            **numbers,
+            "daemon_connections_lost": lost,
+            "step_s": self._step_s,
+        }
+
+    def _drain(self, grace_s: float) -> None:
+        """SIGTERM (on a thread of its own): the newest sealed snapshot becomes durable, if time allows."""
+        if self._capture is not None:
+            self._capture.ask(m.Terminating(), (m.Drained,), grace_s)
+
+    @property
+    def _running(self) -> Capture:
+        if self._capture is None:
+            raise ConfigError("the Checkpointer is not running: use it as a context manager, and restore first")
+        return self._capture
+
+    @property
+    def _grouped(self) -> collective.Group:
+        assert self._group is not None
+        return self._group
+
+
+_NUMBERS = (
+    "steps",
+    "snapshots_captured",
+    "snapshots_sealed",
+    "snapshots_skipped",
+    "skip_reasons",
+    "stall_s_total",
+    "stall_s_last",
+    "bytes_captured",
+)
+
+
+def _announce(job: Job, restored: dict[str, Any]) -> None:
+    """One line, so that everybody sees what a run went on from."""
+    if restored["source"] == start.NOTHING:
+        text = f"ckptd: job {job.name} starts from nothing (epoch {restored['epoch']})"
+    else:
+        age = "" if restored["age_s"] is None else f", {restored['age_s']:.1f} s old"
+        text = (
+            f"ckptd: job {job.name} restored step {restored['step']} from {restored['source']}{age} "
+            f"(epoch {restored['epoch']})"
+        )
+    print(text, file=sys.stderr, flush=True)
+
+
+def _job_name(given: str | None, store: str | None) -> str:
+    """What a restart is recognised by: a name, else the store, else user and command line."""
+    if given is not None:
+        return given
+    if store is not None:
+        return store
+    return ":".join([str(os.getuid()), os.path.abspath(sys.argv[0] if sys.argv else ""), *sys.argv[1:]])

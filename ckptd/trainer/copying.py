@@ -1,0 +1,162 @@
+"""Copying a rank's chunks from its tensors into a slot, checksums on the way.
+
+Owns the jobs: per chunk an address in a source tensor, strides, and an offset in the slot, prepared once and made anew
+when tensors are replaced. Chunks at one place (tied keys) are copied once. CPU tensors are copied natively
+without the GIL; tensors on devices through torch, synchronously.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ckptd.core.box import Box, contiguous_strides
+from ckptd.core.catalog import Catalog
+from ckptd.core.native import copy_boxes
+from ckptd.core.types import itemsize
+from ckptd.trainer.state_tensors import Source
+
+Rows = npt.NDArray[np.int64]
+
+
+class CopyJobs:
+    """The copies that capture one layout from one set of tensors. `windowed` and `eager` are rows of `catalog` (distinct places only)."""
+
+    def __init__(self, catalog: Catalog, sources: Sequence[Source], aliases: dict[str, str]) -> None:
+        """Every chunk of `catalog` lies in one of `sources`, under its key or the key that it is an alias of."""
+        self.catalog = catalog
+        count, width = catalog.offsets.shape
+        empty = catalog.raw == 0
+        place = np.where(empty, -1 - np.arange(count), catalog.file_offset)
+        _, first, inverse = np.unique(place, return_index=True, return_inverse=True)
+        self._first, self._inverse = first, inverse
+        by_key: dict[str, list[int]] = {}
+        for index, source in enumerate(sources):
+            by_key.setdefault(source.key, []).append(index)
+        self._source = np.zeros(count, np.int64)
+        self._inside = np.zeros(count, np.int64)
+        self._strides = np.zeros((count, width), np.int64)
+        self._packed = np.zeros((count, width), np.int64)
+        self._items = np.array([itemsize(catalog.tensors[t].dtype) for t in catalog.tensor], np.int64)
+        self._boxes: list[Box] = []
+        windowed = np.zeros(count, np.bool_)
+        for row in range(count):
+            key = catalog.tensors[catalog.tensor[row]].key
+            box = catalog.box(row)
+            index = next(i for i in by_key[aliases.get(key, key)] if _contains(sources[i].box, box))
+            windowed[row] = sources[index].windowed
+            self._place(row, box, index, sources[index])
+        chosen = np.zeros(count, np.bool_)
+        chosen[first] = True
+        chosen &= ~empty
+        self.windowed: Rows = np.flatnonzero(chosen & windowed)
+        self.eager: Rows = np.flatnonzero(chosen & ~windowed)
+        self._sources = sources
+        self._tensors: list[torch.Tensor] = []
+        self._address = np.zeros(count, np.uint64)
+        self._on_device = np.zeros(count, np.bool_)
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Takes the addresses of the sources' tensors as they are now and holds their storage; False where a tensor
+        has been replaced by one with other strides, for which these jobs do not serve."""
+        tensors = [source.tensor for source in self._sources]
+        if self._tensors and any(
+            new is not old and new.stride() != old.stride() for new, old in zip(tensors, self._tensors, strict=True)
+        ):
+            return False
+        self._tensors = tensors
+        if len(self._source):
+            pointers = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
+            device = np.array([not tensor.is_cpu for tensor in tensors], np.bool_)
+            self._address = (pointers[self._source] + self._inside).astype(np.uint64)
+            self._on_device = device[self._source]
+        return True
+
+    def _place(self, row: int, box: Box, index: int, source: Source) -> None:
+        local = box.shifted([-o for o in source.box.offsets])
+        strides = source.tensor.stride()
+        item, n = self._items[row], len(box.sizes)
+        self._source[row] = index
+        self._inside[row] = sum(o * s for o, s in zip(local.offsets, strides, strict=True)) * item
+        self._strides[row, :n] = np.array(strides, np.int64) * item
+        self._packed[row, :n] = np.array(contiguous_strides(box.sizes), np.int64) * item
+        self._boxes.append(local)
+
+    def copy(self, rows: Rows, target: int, crcs: npt.NDArray[np.uint32], threads: int) -> None:
+        """Copies the chunks of `rows` to the slot's data at address `target` and notes their checksums in `crcs`."""
+        addresses = (target + self.catalog.file_offset[rows]).astype(np.uint64)
+        device = self._on_device[rows]
+        for row, address in zip(rows[device].tolist(), addresses[device].tolist(), strict=True):
+            self._copy_from_device(row, address)
+        sources = self._address[rows]
+        sources[device] = addresses[device]
+        self._run(rows, sources, addresses, crcs, threads)
+
+    def checksum(self, rows: Rows, crcs: npt.NDArray[np.uint32], threads: int) -> None:
+        """Only the checksums of the sources; CPU tensors only."""
+        self._run(rows, self._address[rows], np.zeros(len(rows), np.uint64), crcs, threads)
+
+    def _run(
+        self,
+        rows: Rows,
+        sources: npt.NDArray[np.uint64],
+        targets: npt.NDArray[np.uint64],
+        crcs: npt.NDArray[np.uint32],
+        threads: int,
+    ) -> None:
+        found = np.zeros(len(rows), np.uint32)
+        strides = self._strides[rows]
+        copied = self._on_device[rows]
+        strides[copied] = self._packed[rows][copied]
+        targets = np.where(copied, np.uint64(0), targets)
+        copy_boxes(
+            sources,
+            targets,
+            self.catalog.sizes[rows],
+            strides,
+            self._packed[rows],
+            self._items[rows],
+            crc=found,
+            threads=threads,
+        )
+        crcs[rows] = found
+
+    def slices(self, rows: Rows, most_bytes: int) -> Iterator[Rows]:
+        """`rows` in groups of about `most_bytes`."""
+        ends = np.cumsum(self.catalog.raw[rows])
+        cuts = np.flatnonzero(np.diff(ends // most_bytes)) + 1
+        return iter(np.split(rows, cuts))
+
+    def witness(self, rows: Rows) -> list[tuple[int, int]]:
+        """(version, address) of the tensors behind `rows`: changes with most writes that an audit would find."""
+        return [(self._tensors[i]._version, self._tensors[i].data_ptr()) for i in np.unique(self._source[rows])]
+
+    def spread(self, crcs: npt.NDArray[np.uint32]) -> None:
+        """Gives chunks at one place the checksum of the one that was copied."""
+        if len(crcs):
+            crcs[:] = crcs[self._first][self._inverse]
+
+    def _copy_from_device(self, row: int, address: int) -> None:
+        box, tensor = self._boxes[row], self._tensors[self._source[row]]
+        view = tensor[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))]
+        _tensor_at(address, box.sizes, tensor.dtype).copy_(view)
+
+
+def _contains(outer: Box, inner: Box) -> bool:
+    return all(
+        p <= q and q + t <= p + s
+        for p, s, q, t in zip(outer.offsets, outer.sizes, inner.offsets, inner.sizes, strict=True)
+    )
+
+
+def _tensor_at(address: int, sizes: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous CPU tensor over memory that somebody else owns."""
+    size = math.prod(sizes) * dtype.itemsize
+    memory = (ctypes.c_char * size).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).reshape(tuple(sizes))
