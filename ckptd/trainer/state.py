@@ -11,6 +11,7 @@ A restore has two halves: `targets` says what to fill and changes nothing but th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from ckptd.core.catalog import TensorInfo
 from ckptd.core.errors import CkptdError, ConfigError
 from ckptd.core.types import join_key
 from ckptd.trainer import rng as generators
+from ckptd.trainer.state_loaders import is_loader, is_unstarted_loader, load_loader, unstarted_state
 from ckptd.trainer.state_modules import Modules, ModulesWatch
 from ckptd.trainer.state_optimizers import OptimizerState, Watch, check_named, parameters, understood
 from ckptd.trainer.state_tensors import Share, Source, is_dtensor, local_of, sources_of
@@ -333,7 +335,10 @@ class _Restore:
             elif leaf.path in self._values and leaf.kind is Kind.DATA:
                 return settle(leaf.value, self._values[leaf.path])
             elif leaf.path in self._values and leaf.kind in (Kind.STATEFUL, Kind.OPTIMIZER):
-                _load_state_dict(leaf.value, self._values[leaf.path])
+                load = (
+                    functools.partial(load_loader, leaf.value) if is_loader(leaf.value) else leaf.value.load_state_dict
+                )
+                load(self._values[leaf.path])
         except Exception as error:
             error.add_note(f"while restoring {leaf.path}")
             raise
@@ -342,29 +347,11 @@ class _Restore:
 
 def _state_dict(leaf: Node) -> Any:
     """The state dict of an object; ConfigError with its path if it fails."""
-    if _is_unstarted_loader(leaf.value):
-        return leaf.value.next_iter_state or {}
+    if is_unstarted_loader(leaf.value):
+        return unstarted_state(leaf.value)
     try:
         return leaf.value.state_dict()
     except CkptdError:
         raise
     except Exception as error:
         raise ConfigError(f"{leaf.path}: {type(leaf.value).__qualname__}.state_dict() failed: {error}") from error
-
-
-def _load_state_dict(value: Any, state: Any) -> None:
-    value.load_state_dict(state)
-    if state and _is_unstarted_loader(value):
-        # Its iterator draws a seed when it is made. In the stored run that was before the generators were stored;
-        # made here, it is before they are set back, and `iter` gives this one.
-        value.state_dict()
-
-
-def _is_unstarted_loader(value: Any) -> bool:
-    """A torchdata StatefulDataLoader without an iterator: its `state_dict` would make one, draw random numbers and
-    start workers."""
-    return (
-        any(kind.__name__ == "StatefulDataLoader" for kind in type(value).__mro__)
-        and getattr(value, "_iterator", value) is None
-        and hasattr(value, "next_iter_state")
-    )
