@@ -77,11 +77,11 @@ def _print(difference: Difference) -> None:
         largest = "" if tensor.max_abs is None else f", max abs difference {tensor.max_abs:.6g}"
         ranks = f", own values of ranks {tensor.ranks}" if tensor.ranks else ""
         output.say(
-            f"bytes differ    {output.printable(tensor.key)}: {tensor.elements} elements of {tensor.dtype} "
-            f"{list(tensor.shape)}{largest}{ranks}"
+            f"bytes differ    {output.printable(tensor.key)}: "
+            f"{output.format_count(tensor.elements, 'element')} of {tensor.dtype} {list(tensor.shape)}{largest}{ranks}"
         )
     for value in difference.objects:
         before, after = (output.printable("(absent)" if v is None else v) for v in (value.source, value.target))
         output.say(f"object differs  {output.printable(value.path)}: {before} -> {after}")
     if difference.equal:
-        output.say(f"equal: {difference.compared} tensors and all objects")
+        output.say(f"equal: {output.format_count(difference.compared, 'tensor')} and all objects")

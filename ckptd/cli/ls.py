@@ -73,6 +73,6 @@ def _row(checkpoint: CheckpointSummary, now: float) -> list[object]:
         "-" if checkpoint.created_s is None else output.format_seconds(now - checkpoint.created_s),
         output.format_bytes(checkpoint.bytes),
         checkpoint.writers,
-        "live" if checkpoint.live else "dead",
+        {True: "live", False: "dead", None: "unknown"}[checkpoint.live],
         checkpoint.name,
     ]

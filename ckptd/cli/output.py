@@ -30,6 +30,11 @@ def one_line(message: object) -> str:
     return "; ".join(printable(line.strip()) for line in str(message).splitlines() if line.strip())
 
 
+def format_count(count: int, word: str) -> str:
+    """`1 chunk`, `2 chunks`."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
 def format_bytes(count: int | float) -> str:
     """`1.5 GiB`; powers of 1024, as everywhere in ckptd."""
     value = float(count)

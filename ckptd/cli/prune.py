@@ -89,6 +89,6 @@ def _print(selection: Selection, verb: str) -> None:
     for name in selection.leftovers:
         output.say(f"{verb} leftover   {output.printable(name)}")
     output.say(
-        f"{verb} {len(selection.doomed)} checkpoints and {len(selection.leftovers)} leftovers; "
-        f"{len(selection.kept)} checkpoints are kept"
+        f"{verb} {output.format_count(len(selection.doomed), 'checkpoint')} and "
+        f"{output.format_count(len(selection.leftovers), 'leftover')}; kept: {len(selection.kept)}"
     )

@@ -84,8 +84,8 @@ def _print(contents: Contents) -> None:
     created = output.format_time(summary.created_s)
     output.say(f"created     {created or 'unknown'}, format version {contents.format}")
     output.say(
-        f"holds       {totals.tensors} tensors and {totals.objects} objects in {totals.chunks} chunks from "
-        f"{totals.writers} writers"
+        f"holds       {output.format_count(totals.tensors, 'tensor')} and {output.format_count(totals.objects, 'object')} "
+        f"in {output.format_count(totals.chunks, 'chunk')} from {output.format_count(totals.writers, 'writer')}"
     )
     output.say(
         f"bytes       {output.format_bytes(totals.bytes)}, stored as {output.format_bytes(totals.stored)} "
