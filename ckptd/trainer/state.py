@@ -204,6 +204,8 @@ class _Walk:
         return packed
 
     def _check_unique(self) -> None:
+        if len({source.key for source in self.sources}) == len(self.sources):
+            return
         seen = set()
         for source in self.sources:
             place = (source.key, source.box)

@@ -14,13 +14,16 @@ import torch
 UNSTARTED = "unstarted"
 
 
+def is_loader(value: Any) -> bool:
+    """Whether it is a StatefulDataLoader, without importing torchdata."""
+    return any(kind.__name__ == "StatefulDataLoader" for kind in type(value).__mro__) and hasattr(
+        value, "next_iter_state"
+    )
+
+
 def is_unstarted_loader(value: Any) -> bool:
     """Whether it is a StatefulDataLoader that has no iterator."""
-    return (
-        any(kind.__name__ == "StatefulDataLoader" for kind in type(value).__mro__)
-        and getattr(value, "_iterator", value) is None
-        and hasattr(value, "next_iter_state")
-    )
+    return is_loader(value) and value._iterator is None
 
 
 def unstarted_state(loader: Any) -> dict[str, Any]:
@@ -42,8 +45,3 @@ def load_loader(loader: Any, state: dict[str, Any]) -> None:
     loader.load_state_dict(state)
     if is_unstarted_loader(loader):
         loader.state_dict()
-
-
-def is_loader(value: Any) -> bool:
-    """Whether it is a StatefulDataLoader, without importing torchdata."""
-    return any(kind.__name__ == "StatefulDataLoader" for kind in type(value).__mro__) and hasattr(value, "sampler")

@@ -170,10 +170,10 @@ def _entry(path: str, name: str, tensor: torch.Tensor, parameter: bool) -> Entry
 def _identity(entry: Entry) -> object:
     """Equal for tensors that are one: the same object, or the same memory seen in the same way."""
     tensor = local_of(entry.tensor)
-    if tensor.numel() == 0 or tensor.layout is not torch.strided or tensor.device.type == "meta":
+    address = tensor.data_ptr() if tensor.layout is torch.strided else 0
+    if address == 0:  # empty, without values, or not dense
         return id(entry.tensor)
-    memory = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
-    return (entry.parameter, tuple(entry.tensor.shape), *memory)
+    return (entry.parameter, address, tensor.dtype, tensor.shape, tensor.stride(), entry.tensor.shape)
 
 
 def _walk(module: nn.Module, prefix: str, path: str, above: tuple[int, ...]) -> Iterator[tuple[str, nn.Module]]:

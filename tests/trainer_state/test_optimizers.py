@@ -144,7 +144,7 @@ def test_groups_are_matched_by_parameters_and_keep_the_implementation() -> None:
     assert encoding.decode(memory.objects["optimizer/param_groups"])[1]["params"] == ["3.weight", "3.bias"]
 
     merged = AppState({"model": model, "optimizer": optim.Adam(model.parameters())})
-    with pytest.raises(MismatchError, match="param_groups/0.*2 groups"):
+    with pytest.raises(MismatchError, match=r"param_groups/0.*2 groups"):
         merged.targets(memory.infos, memory.objects)
 
 

@@ -273,7 +273,7 @@ def test_unencodable_values_are_named() -> None:
         AppState({"scheduler": Holds(lambda: 0)}).sources()
     with pytest.raises(ConfigError, match=r"zero: Fails.state_dict\(\) failed: consolidate first"):
         AppState({"zero": Fails()}).sources()
-    with pytest.raises(ConfigError, match="sparse/foo/1/bar: layout torch.sparse_coo cannot be stored"):
+    with pytest.raises(ConfigError, match=r"sparse/foo/1/bar: layout torch.sparse_coo cannot be stored"):
         AppState({"sparse": Holds(torch.eye(2).to_sparse())}).sources()
     with pytest.raises(ConfigError, match="clash: two keys have the same text"):
         AppState({"clash": {1: nn.Linear(1, 1), "1": 3}})
@@ -298,7 +298,7 @@ def test_a_failing_load_says_where() -> None:
 def test_reference_to_a_missing_tensor() -> None:
     app = AppState({"ema": Averages(1.0)})
     memory = Memory.of(app)
-    with pytest.raises(MismatchError, match="ema: refers to tensor 'ema/shadow/a.*/0', which the checkpoint does not"):
+    with pytest.raises(MismatchError, match=r"ema: refers to tensor 'ema/shadow/a.*/0', which the checkpoint does not"):
         app.targets({}, memory.objects)
 
 
