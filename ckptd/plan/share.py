@@ -140,13 +140,20 @@ def object_rows(values: Mapping[tuple[str, int], bytes], *, writer: int) -> tupl
 
 
 def objects_for(
-    rank: int, shared: Mapping[str, bytes], catalog: Catalog, read: Read, *, world: int | None = None
+    rank: int,
+    shared: Mapping[str, bytes],
+    catalog: Catalog,
+    read: Read,
+    *,
+    world: int | None = None,
+    rng: bool = True,
 ) -> dict[str, bytes]:
-    """Path -> value of every object as `rank` of `world` ranks (None: as many as were saved) sees it."""
+    """Path -> value of every object as `rank` of `world` ranks (None: as many as were saved) sees it; without `rng`
+    the global generators are left out, and not read."""
     values = dict(shared)
     same_world = world is None or world == saved_world(catalog)
     for path, owner, key in _own_objects(catalog):
-        if owner == rank and (same_world or path.startswith(RNG_PREFIX)):
+        if owner == rank and (rng if path.startswith(RNG_PREFIX) else same_world):
             values[path] = read_bytes(catalog, key, read)
     return values
 

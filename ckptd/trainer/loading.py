@@ -84,31 +84,35 @@ class _Filling:
             self._work(spans)
             return
         with concurrent.futures.ThreadPoolExecutor(threads, "ckptd-load") as pool:
-            working = [pool.submit(self._work, spans) for _ in range(threads)]
-            try:
-                for done in concurrent.futures.as_completed(working):
-                    done.result()
-            finally:
-                self._stopped = True
+            for done in [pool.submit(self._work, spans) for _ in range(threads)]:
+                done.result()
 
     def _work(self, spans: Iterator[tuple[int, int]]) -> None:
         staging = torch.empty(0, dtype=torch.uint8)
-        with torch.no_grad():
-            for start, stop in spans:
-                if self._stopped:
-                    return
-                parts = self._order[start:stop].tolist()
-                row = int(self._plan.row[parts[0]])
-                straight = self._straight(parts[0], row) if len(parts) == 1 else None
-                if straight is not None:
-                    self._read(row, straight)
-                    continue
-                raw = int(self._catalog.raw[row])
-                if len(staging) < raw:
-                    staging = torch.empty(raw, dtype=torch.uint8)
-                self._read(row, staging.numpy().data[:raw])
-                for part in parts:
-                    self._place(part, row, staging[:raw])
+        try:
+            with torch.no_grad():
+                for start, stop in spans:
+                    if self._stopped:
+                        return
+                    staging = self._fill_row(self._order[start:stop].tolist(), staging)
+        except BaseException:
+            self._stopped = True
+            raise
+
+    def _fill_row(self, parts: list[int], staging: torch.Tensor) -> torch.Tensor:
+        """Reads the one row that `parts` are of and puts them into their targets; returns the staging buffer."""
+        row = int(self._plan.row[parts[0]])
+        straight = self._straight(parts[0], row) if len(parts) == 1 else None
+        if straight is not None:
+            self._read(row, straight)
+            return staging
+        raw = int(self._catalog.raw[row])
+        if len(staging) < raw:
+            staging = torch.empty(raw, dtype=torch.uint8)
+        self._read(row, staging.numpy().data[:raw])
+        for part in parts:
+            self._place(part, row, staging[:raw])
+        return staging
 
     def _straight(self, part: int, row: int) -> memoryview | None:
         """The target's own memory, where the part is the whole chunk and one contiguous run of it."""

@@ -18,7 +18,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,7 +29,8 @@ import torch
 
 from ckptd.core.box import Box, contiguous_strides
 from ckptd.core.catalog import ALL_RANKS, Catalog
-from ckptd.core.errors import CkptdError, ConfigError, StoreError
+from ckptd.core.config import node_name
+from ckptd.core.errors import CkptdError, ConfigError, NotFoundError, StoreError
 from ckptd.core.native import address_of, copy_boxes, crc32c
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.plan.save import Piece, plan_save
@@ -87,26 +90,28 @@ class _Agreement:
         }
 
 
-def save_state(app: AppState, path: str, group: Group, *, step: int, overwrite: bool) -> SnapshotId:
+def save_state(
+    state: MutableMapping[str, Any], path: str | Path, group: Group, *, step: int, overwrite: bool
+) -> SnapshotId:
     """Writes and commits one checkpoint of `step` in the store at `path`; collective.
 
     Raises ConfigError, StoreError or CorruptionError, the same on every rank, with nothing committed.
     """
-    return _Save(app, path, group, step, overwrite).run()
+    return _Save(state, str(path), group, step, overwrite).run()
 
 
 class _Save:
     """One save in progress on one rank."""
 
-    def __init__(self, app: AppState, path: str, group: Group, step: int, overwrite: bool) -> None:
-        self._app = app
+    def __init__(self, state: MutableMapping[str, Any], path: str, group: Group, step: int, overwrite: bool) -> None:
+        self._state = state
         self._path = path
         self._group = group
         self._step = step
         self._overwrite = overwrite
         self._sources: list[Source] = []
         self._objects: dict[str, bytes] = {}
-        self._store: Store | None = None  # of rank 0 alone, like the writer
+        self._store: Store | None = None  # rank 0's, like the writer, which removes what anybody wrote if a save fails
         self._writer: CheckpointWriter | None = None
 
     def run(self) -> SnapshotId:
@@ -129,12 +134,15 @@ class _Save:
         return agreed.name
 
     def _propose(self) -> bytes:
-        self._sources = self._app.sources()
-        self._objects = self._app.objects()
+        if isinstance(self._step, bool) or not isinstance(self._step, int) or not 0 <= self._step < 10**18:
+            raise ConfigError(f"save: step={self._step!r}; expected a number of completed steps, 0 or more")
+        app = AppState(self._state)
+        self._sources = app.sources()
+        self._objects = app.objects()
         proposal = _Proposal(
             pieces_of(self._sources),
             {path: hashlib.blake2b(value, digest_size=16).digest() for path, value in self._objects.items()},
-            self._app.aliases(),
+            app.aliases(),
             self._step,
             self._overwrite,
         )
@@ -156,13 +164,12 @@ class _Save:
             if path not in agreed.digests[0] and _first_holder(agreed.digests, path) == self._group.rank
         }
         own = checksums[mine.rank != ALL_RANKS].astype(_CRC)
-        if self._store is not None:  # rank 0: so that it can remove whatever anybody has written, should one fail
+        if self._store is not None:
             self._writer = self._store.writer(agreed.name, agreed.job)
         return msgspec.msgpack.encode(_Checked(own.tobytes(), elsewhere))
 
     def _write(self, agreed: _Agreement, reader: SourceReader, part: Catalog) -> bytes:
         rank = self._group.rank
-        writer = self._writer or Store.open(self._path).writer(agreed.name, agreed.job)
         own = {(path, r): self._objects[path] for path, r in agreed.own if r == rank}
         rows, content = object_rows(own, writer=rank)
         catalog = Catalog.merge([with_aliases(part, agreed.aliases), rows])
@@ -175,7 +182,14 @@ class _Save:
             key = catalog.tensors[catalog.tensor[row]].key
             reader.read(agreed.aliases.get(key, key), catalog.box(row), into)
 
-        return msgspec.msgpack.encode(writer.part(rank).write(catalog, read, threads=default_threads()))
+        try:
+            writer = self._writer or Store.open(self._path).writer(agreed.name, agreed.job, joined=True)
+            return msgspec.msgpack.encode(writer.part(rank).write(catalog, read, threads=default_threads()))
+        except NotFoundError as error:
+            raise ConfigError(
+                f"{self._path} on node {node_name()} is not the store that rank 0 opened ({agreed.job}); give a path "
+                f"that leads every rank to one shared file system: {error}"
+            ) from error
 
     def _commit(self, agreed: _Agreement, parts: list[Part], objects: Mapping[str, bytes]) -> bytes:
         if self._store is not None and self._writer is not None:
@@ -305,7 +319,18 @@ def _copy(
     """Copies boxes (a target of 0: only their checksums) and returns their CRCs."""
     count = len(sources)
     crc = np.zeros(count, np.uint32)
-    boxes = [np.array(values, np.int64).reshape(count, -1) for values in (sizes, source_strides, target_strides)]
-    addresses = [np.array(values, np.uint64) for values in (sources, targets)]
-    copy_boxes(*addresses, *boxes, np.array(widths, np.int64), crc=crc, threads=threads)
+
+    def columns(values: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+        return np.array(values, np.int64).reshape(count, -1)
+
+    copy_boxes(
+        np.array(sources, np.uint64),
+        np.array(targets, np.uint64),
+        columns(sizes),
+        columns(source_strides),
+        columns(target_strides),
+        np.array(widths, np.int64),
+        crc=crc,
+        threads=threads,
+    )
     return crc

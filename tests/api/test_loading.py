@@ -118,11 +118,11 @@ def test_parameters_are_filled_in_place_whatever_autograd_says() -> None:
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_failing_read_ends_the_load(threads: int) -> None:
-    tier = Tier({"w": torch.randn(1000, 4)}, 16)
+    tier = Tier({"w": torch.randn(20_000, 4)}, 16)
     tier.fails_at = 3
     with pytest.raises(CorruptionError, match="chunk 3"):
-        fill(tier.catalog, tier.read, [target("w", torch.zeros(1000, 4))], rank=0, threads=threads)
-    assert len(tier.reads) < 1000, "the other threads stop too"
+        fill(tier.catalog, tier.read, [target("w", torch.zeros(20_000, 4))], rank=0, threads=threads)
+    assert len(tier.reads) < 20_000, "the other threads stop too"
 
 
 def test_nothing_to_fill() -> None:

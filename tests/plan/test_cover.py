@@ -76,10 +76,10 @@ def test_overlap_with_a_gap_of_the_same_size_is_no_tiling() -> None:
     assert cover.tiles(np.array([0]), np.array([4]), *(np.array(x) for x in ([[0], [2]], [[2], [4]])))
 
 
-def test_a_million_tiles_are_recognised() -> None:
-    rows, columns = np.divmod(np.arange(10**6), 1000)
+def test_many_tiles_are_recognised() -> None:
+    rows, columns = np.divmod(np.arange(300 * 300), 300)
     low = np.stack([rows * 3, columns * 5], axis=1)
-    assert cover.tiles(np.zeros(2, np.int64), np.array([3000, 5000]), low, low + np.array([3, 5]))
+    assert cover.tiles(np.zeros(2, np.int64), np.array([900, 1500]), low, low + np.array([3, 5]))
 
 
 def test_hostile_overlaps_are_refused() -> None:

@@ -53,6 +53,7 @@ def test_every_rank_gets_its_own_objects_back(objects: list[dict[str, bytes]]) -
         found = objects_for(rank, shared, catalog, reader(catalog, content))
         assert {path: found[path] for path in values} == values
         elsewhere = objects_for(rank, shared, catalog, reader(catalog, content), world=len(ranks) + 1)
+        assert objects_for(rank, shared, catalog, reader(catalog, content), world=9, rng=False) == shared
         assert elsewhere == shared | {path: v for path, v in values.items() if path.startswith("rng/")}
 
 
