@@ -84,8 +84,12 @@ class _Filling:
             self._work(spans)
             return
         with concurrent.futures.ThreadPoolExecutor(threads, "ckptd-load") as pool:
-            for done in [pool.submit(self._work, spans) for _ in range(threads)]:
-                done.result()
+            working = [pool.submit(self._work, spans) for _ in range(threads)]
+            try:
+                for done in working:
+                    done.result()
+            finally:
+                self._stopped = True  # also where the wait was interrupted
 
     def _work(self, spans: Iterator[tuple[int, int]]) -> None:
         staging = torch.empty(0, dtype=torch.uint8)

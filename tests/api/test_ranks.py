@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,22 @@ class Loader:
         self.order = state["order"]
 
 
+class Deadly:
+    """State whose reading kills rank 1."""
+
+    def state_dict(self) -> dict[str, Any]:
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def save_and_die(store: Path) -> None:
+    ckptd.save({"w": torch.ones(4), "deadly": Deadly()}, store)
+
+
 def load_mismatched(store: Path) -> None:
     size = 4 if dist.get_rank() == 0 else 5
     state = {"w": torch.full((size,), 3.0)}
@@ -195,3 +213,14 @@ def test_a_mismatch_of_one_rank_is_everybodys(two_ranks: World, tmp_path: Path) 
     assert [type(answer) for answer in answers] == [ckptd.MismatchError] * 2
     assert str(answers[0]) == str(answers[1])
     assert "w: shape [4] in the checkpoint, [5] here" in str(answers[0])
+
+
+def test_a_rank_that_is_killed_leaves_no_checkpoint_and_nobody_waiting(tmp_path: Path) -> None:
+    world = World(2, tmp_path)
+    try:
+        answer, _ = world.run(save_and_die, tmp_path / "store")
+    finally:
+        world.close()
+    assert isinstance(answer, ckptd.DeadlineError)
+    assert "another rank did not take part" in str(answer)
+    assert not list((tmp_path / "store").glob("step-*"))

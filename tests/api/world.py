@@ -36,7 +36,10 @@ class World:
         for rank, (_, pipe) in enumerate(self._ranks):
             if not pipe.poll(TIMEOUT_S):
                 raise TimeoutError(f"rank {rank} hangs in {function.__name__}")
-            answers.append(pipe.recv())
+            try:
+                answers.append(pipe.recv())
+            except (EOFError, ConnectionResetError) as error:  # it has died
+                answers.append(error)
         return answers
 
     def close(self) -> None:
