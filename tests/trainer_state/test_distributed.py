@@ -36,7 +36,7 @@ class Net(nn.Module):
 
     def forward(self, data: torch.Tensor) -> torch.Tensor:
         hidden = torch.nn.functional.dropout(self.wide(data).tanh(), 0.2, self.training)
-        return self.one(self.odd(hidden) * self.frozen)  # type: ignore[no-any-return]
+        return self.one(self.odd(hidden) * self.frozen)
 
 
 def step(state: Any) -> None:
@@ -171,7 +171,7 @@ class LocalMoment(torch.optim.Optimizer):
     def __init__(self, params: Any) -> None:
         super().__init__(params, {})
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:
         for p in self.param_groups[0]["params"]:
             if p.grad is None:
                 continue

@@ -31,7 +31,7 @@ class Tied(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         self.count += 1
-        return self.head(self.frozen(self.embedding(tokens)))  # type: ignore[no-any-return]
+        return self.head(self.frozen(self.embedding(tokens)))
 
 
 def test_tied_frozen_and_buffers() -> None:
@@ -79,9 +79,9 @@ def test_checkpoint_that_knows_only_the_alias() -> None:
     memory = Memory.of(app)
     for table in (memory.infos, memory.boxes):
         for place in [p for p in table if "embedding.weight" in str(p)]:
-            value = table.pop(place)  # type: ignore[attr-defined]
+            value = table.pop(place)
             key = "model/head.weight"
-            table[(key, place[1]) if isinstance(place, tuple) else key] = (  # type: ignore[index]
+            table[(key, place[1]) if isinstance(place, tuple) else key] = (
                 value if isinstance(place, tuple) else type(value)(key, *value[1:])
             )
     assert app.missing(memory.infos, memory.objects) == []
@@ -94,7 +94,7 @@ def test_checkpoint_that_knows_only_the_alias() -> None:
 
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "compile": torch.compile,
-    "activation checkpoint": lambda m: nn.Sequential(checkpoint_wrapper(m[0]), m[1]),  # type: ignore[index]
+    "activation checkpoint": lambda m: nn.Sequential(checkpoint_wrapper(m[0]), m[1]),
     "data parallel": nn.DataParallel,
     "both": lambda m: torch.compile(nn.DataParallel(m)),
 }

@@ -106,7 +106,7 @@ def test_state_keeps_its_dtype_under_other_parameters() -> None:
         def __init__(self, params: Any) -> None:
             super().__init__(params, {})
 
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        def step(self, closure: Any = None) -> None:
             for p in self.param_groups[0]["params"]:
                 moment = self.state[p].setdefault("moment", torch.zeros(p.shape, dtype=torch.float32))
                 moment += 0.1
@@ -195,7 +195,7 @@ def test_two_modules_one_optimizer_and_equal_names() -> None:
     def train(state: MutableMapping[str, Any]) -> None:
         data = torch.randn(4, 3)
         state["optimizer"].zero_grad()
-        sum(net(data).square().mean() for net in state["nets"].values()).backward()  # type: ignore[union-attr]
+        sum(net(data).square().mean() for net in state["nets"].values()).backward()
         state["optimizer"].step()
 
     _, memory = resumes_exactly(build, train)
@@ -251,10 +251,10 @@ def test_entries_of_no_parameter() -> None:
     """Optimizers may keep things under keys of their own; torch copies them as they are."""
     model = network()
     optimizer = optim.SGD(model.parameters())
-    optimizer.state["global"] = {"seen": 3, "scale": torch.tensor([2.0])}  # type: ignore[index]
+    optimizer.state["global"] = {"seen": 3, "scale": torch.tensor([2.0])}
     memory = Memory.of(AppState({"model": model, "optimizer": optimizer}))
     assert memory.infos["optimizer/other/global/scale"].shape == (1,)
     fresh = optim.SGD(model.parameters())
     memory.restore(AppState({"model": model, "optimizer": fresh}))
-    assert fresh.state["global"]["seen"] == 3  # type: ignore[index]
-    assert torch.equal(fresh.state["global"]["scale"], torch.tensor([2.0]))  # type: ignore[index]
+    assert fresh.state["global"]["seen"] == 3
+    assert torch.equal(fresh.state["global"]["scale"], torch.tensor([2.0]))

@@ -316,7 +316,7 @@ def test_objects_belong_to_the_moment_that_was_read() -> None:
     app.objects()
     assert counting["calls"] == 1
     assert app.unchanged()
-    assert encoding.decode(app.objects()["ema"])["decay"] == 0.5  # type: ignore[index]
+    assert encoding.decode(app.objects()["ema"])["decay"] == 0.5
     assert counting["calls"] == 2
 
 
