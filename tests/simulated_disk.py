@@ -308,6 +308,7 @@ class SimulatedInput:
         self._described = described
         self._content = bytes(file.content)
         self.size = len(self._content)
+        self.modified = 0.0
 
     def read_into(self, offset: int, into: memoryview) -> None:
         view = into.cast("B")

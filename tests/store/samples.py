@@ -6,7 +6,7 @@ import numpy as np
 
 from ckptd.core import native
 from ckptd.core.box import Box, cut
-from ckptd.core.catalog import Catalog
+from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.format import objects
 from ckptd.tiers.store import Part, Store, StoredCheckpoint
@@ -36,7 +36,13 @@ class Memory:
     """Tensors laid out one after the other, as an arena has them: a catalog, and `read` for it."""
 
     def __init__(
-        self, held: Tensors, *, writer: int = 0, chunk_bytes: int = 1024, tied: dict[str, str] | None = None
+        self,
+        held: Tensors,
+        *,
+        writer: int = 0,
+        chunk_bytes: int = 1024,
+        tied: dict[str, str] | None = None,
+        ranks: dict[str, int] | None = None,
     ) -> None:
         infos, index, boxes, pieces = [], [], [], []
         places: dict[str, int] = {}
@@ -75,6 +81,7 @@ class Memory:
             writer=np.full(len(boxes), writer),
             file_offset=offsets,
             crc=[native.crc32c(piece) for piece in pieces],
+            rank=[(ranks or {}).get(infos[tensor][0], ALL_RANKS) for tensor in index],
         )
 
     def read(self, row: int, into: memoryview) -> None:

@@ -41,6 +41,10 @@ class InputFile(Protocol):
     def size(self) -> int:
         """Bytes."""
 
+    @property
+    def modified(self) -> float:
+        """When it was last written, in seconds since 1970: for people, never for decisions."""
+
     def read_into(self, offset: int, into: memoryview) -> None:
         """Fills `into`; a file that ends before is a CorruptionError."""
 

@@ -69,7 +69,7 @@ class PosixDisk:
         if not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
             raise FormatError(f"{self.describe(path)}: expected a regular file")
-        return PosixInput(descriptor, self.describe(path), found.st_size)
+        return PosixInput(descriptor, self.describe(path), found)
 
     def rename(self, source: Path, target: Path) -> None:
         with self._parent(target, "rename") as (directory, name):
@@ -198,10 +198,11 @@ class PosixOutput:
 class PosixInput:
     """See `InputFile`."""
 
-    def __init__(self, descriptor: int, path: str, size: int) -> None:
+    def __init__(self, descriptor: int, path: str, found: os.stat_result) -> None:
         self._descriptor = descriptor
         self._path = path
-        self.size = size
+        self.size = found.st_size
+        self.modified = found.st_mtime
 
     def read_into(self, offset: int, into: memoryview) -> None:
         view = into.cast("B")

@@ -75,6 +75,12 @@ class StoredCheckpoint:
         """Where it is, for messages."""
         return self._disk.describe((self._directory,))
 
+    @property
+    def committed_at(self) -> float:
+        """When it was committed, in seconds since 1970, as the file system remembers: for people, not for decisions."""
+        with contextlib.closing(self._disk.open((self._directory, names.COMMIT))) as file:
+            return file.modified
+
     def __enter__(self) -> StoredCheckpoint:
         return self
 
