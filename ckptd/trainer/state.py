@@ -215,12 +215,16 @@ class _Walk:
 
     def _packed(self) -> list[Packed]:
         """Everything whose tensors cannot be watched, read now."""
-        made = [pack(module.get_extra_state(), place, Share.PER_RANK) for module, place in self.modules.extras()]
+        made = [
+            pack(module.get_extra_state(), place, Share.PER_RANK, inline=True)
+            for module, place in self.modules.extras()
+        ]
         for leaf in self.leaves:
             if leaf.path in self.optimizers:
                 made += self.optimizers[leaf.path].packed()
             elif leaf.kind in (Kind.STATEFUL, Kind.OPTIMIZER):
-                made.append(pack(_state_dict(leaf), leaf.path, Share.PER_RANK))
+                inline = leaf.kind is Kind.STATEFUL
+                made.append(pack(_state_dict(leaf), leaf.path, Share.PER_RANK, inline=inline))
             elif leaf.kind is Kind.DATA:
                 made.append(pack(leaf.value, leaf.path, Share.REPLICATED))
         return made

@@ -19,7 +19,7 @@ from ckptd.core.catalog import TensorInfo
 from ckptd.core.errors import ConfigError, MismatchError
 from ckptd.core.types import join_key
 from ckptd.format import objects as encoding
-from ckptd.trainer.state_tensors import Share, Source, is_dtensor, sources_of, torch_dtype
+from ckptd.trainer.state_tensors import Share, Source, check, is_dtensor, sources_of, torch_dtype
 
 MAX_DEPTH = 64
 """How deep values may nest; the format's limit."""
@@ -28,6 +28,11 @@ DEVICES = "_devices"
 """Last element of the path of an object that says which tensors of a value were not plain ones on the CPU: key ->
 device type, or `dtensor`."""
 DTENSOR = "dtensor"
+
+INLINE_BYTES = 16 * 1024
+INLINE_TOTAL_BYTES = 1024 * 1024
+"""CPU tensors of at most this size may stand inside the object, up to a total: in state dicts their shapes change from
+step to step and from rank to rank (positions, buffers of samples), which objects may and keys may not."""
 
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 _LEAVES = frozenset({set, frozenset, bytearray, np.ndarray, torch.dtype, torch.device, torch.Size})
@@ -59,21 +64,30 @@ class Packed:
         return made
 
 
-def pack(value: Any, path: str, share: Share, *, windowed: bool = False) -> Packed:
-    """Takes the tensors out of `value`: the one at p inside it gets the key `path`/p.
+def pack(value: Any, path: str, share: Share, *, windowed: bool = False, inline: bool = False) -> Packed:
+    """Takes the tensors out of `value`: the one at p inside it gets the key `path`/p. `inline` leaves small ones in.
 
     Raises ConfigError for two that would get one key, for nesting that is too deep, and for unusable tensors.
     """
     tensors: dict[str, torch.Tensor] = {}
-    skeleton = _take(value, path, tensors, 0)
+    skeleton = _take(value, path, tensors, [INLINE_TOTAL_BYTES if inline else 0], 0)
     sources = [source for key, t in tensors.items() for source in sources_of(key, t, share, windowed=windowed)]
     return Packed(path, skeleton, tensors, sources)
 
 
-def _take(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int) -> Any:
+def _take(value: Any, path: str, tensors: dict[str, torch.Tensor], room: list[int], depth: int) -> Any:
+    """The skeleton of `value`; adds its tensors to `tensors`. `room` is what may still be left inside, in bytes."""
     if type(value) in _ATOMS:
         return value
     if isinstance(value, torch.Tensor):
+        if (
+            not is_dtensor(value)
+            and value.device.type == "cpu"
+            and room[0]
+            and _bytes(value) <= min(room[0], INLINE_BYTES)
+        ):
+            room[0] -= _bytes(value)
+            return _inline(value, path)
         if path in tensors:
             raise ConfigError(f"{path}: two tensors would be stored under this name; rename one of the entries")
         tensors[path] = value
@@ -81,19 +95,29 @@ def _take(value: Any, path: str, tensors: dict[str, torch.Tensor], depth: int) -
     if depth > MAX_DEPTH:
         raise ConfigError(f"{path}: nested deeper than {MAX_DEPTH}; flatten it")
     if isinstance(value, dict):
-        taken = {k: _take(v, f"{path}/{join_key(k)}", tensors, depth + 1) for k, v in value.items()}
+        taken = {k: _take(v, f"{path}/{join_key(k)}", tensors, room, depth + 1) for k, v in value.items()}
         return type(value)(taken) if isinstance(value, (collections.OrderedDict, collections.Counter)) else taken
     if isinstance(value, list) or (isinstance(value, tuple) and not isinstance(value, torch.Size)):
         plain: Callable[[Any], Any] = list if isinstance(value, list) else tuple
         if _ATOMS.issuperset(map(type, value)):
             return plain(value)
-        return plain(_take(v, f"{path}/{i}", tensors, depth + 1) for i, v in enumerate(value))
+        return plain(_take(v, f"{path}/{i}", tensors, room, depth + 1) for i, v in enumerate(value))
     if type(value) not in _LEAVES and not isinstance(value, np.generic):
         raise ConfigError(
             f"{path}: {type(value)} cannot be stored; use numbers, text, dicts, lists, tuples, sets, arrays or "
             "tensors, or give its object state_dict and load_state_dict that do"
         )
     return value
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
+
+
+def _inline(tensor: torch.Tensor, path: str) -> encoding.TensorValue:
+    dtype = check(path, tensor)
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return encoding.TensorValue(dtype, tuple(tensor.shape), data)
 
 
 def encode(value: Any, path: str) -> bytes:

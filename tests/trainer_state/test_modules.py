@@ -129,7 +129,7 @@ class Extra(nn.Module):
 
 
 def test_extra_state() -> None:
-    model = nn.Sequential(Extra({"scale": torch.ones(2, dtype=torch.float64), "n": 3}), nn.Sequential(Extra((1, 2))))
+    model = nn.Sequential(Extra({"scale": torch.ones(5000, dtype=torch.float64), "n": 3}), nn.Sequential(Extra((1, 2))))
     stored = AppState({"model": model, "root": Extra("text")})
     memory = Memory.of(stored)
     assert set(memory.infos) == {"model/_extra_state/0/scale"}
@@ -138,7 +138,7 @@ def test_extra_state() -> None:
     root = Extra(None)
     memory.restore(AppState({"model": fresh, "root": root}))
     assert fresh[0].value["n"] == 3
-    assert same_bits(fresh[0].value["scale"], torch.ones(2, dtype=torch.float64))
+    assert same_bits(fresh[0].value["scale"], torch.ones(5000, dtype=torch.float64))
     assert fresh[1][0].value == (1, 2)
     assert root.value == "text"
 
@@ -201,7 +201,7 @@ def test_unchanged_brings_state_dicts_up_to_date() -> None:
     """A state dict gives new tensors at each call: the list that was returned follows them, if the layout is equal."""
 
     class Average:
-        value = torch.zeros(2)
+        value = torch.zeros(9000)
 
         def state_dict(self) -> dict[str, Any]:
             return {"value": self.value}
@@ -212,10 +212,10 @@ def test_unchanged_brings_state_dicts_up_to_date() -> None:
     average = Average()
     app = AppState({"average": average})
     (source,) = app.sources()
-    average.value = torch.ones(2)
+    average.value = torch.ones(9000)
     assert app.unchanged()
     assert source.tensor.data_ptr() == average.value.data_ptr()
-    average.value = torch.ones(3)
+    average.value = torch.ones(9001)
     assert not app.unchanged()
 
 

@@ -17,7 +17,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from ckptd.core.errors import ConfigError, MismatchError
 from ckptd.format import objects as encoding
 from ckptd.trainer.state import AppState, Share
-from tests.trainer_state.memory import Memory, resumes_exactly
+from ckptd.trainer.state_values import maker, unpack
+from tests.trainer_state.memory import Memory, resumes_exactly, same_bits
 
 SGD = torch.optim.SGD
 
@@ -123,30 +124,32 @@ class Averages:
     """An object with tensors in its state dict, nested, as weight averages have."""
 
     def __init__(self, value: float) -> None:
-        self.shadow = {"a/b": [torch.full((2, 3), value), torch.tensor(value, dtype=torch.float64)]}
+        self.shadow = {"a/b": [torch.full((50, 100), value), torch.full((8192,), value, dtype=torch.float64)]}
+        self.seen = torch.arange(int(value), dtype=torch.int16)
         self.decay = 0.5
 
     def state_dict(self) -> dict[str, Any]:
-        return {"shadow": self.shadow, "decay": self.decay, 7: "seven"}
+        return {"shadow": self.shadow, "decay": self.decay, "seen": self.seen, 7: "seven"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         assert state[7] == "seven"
-        self.shadow, self.decay = state["shadow"], state["decay"]
+        self.shadow, self.decay, self.seen = state["shadow"], state["decay"], state["seen"]
 
 
 def test_tensors_of_state_dicts() -> None:
     stored = AppState({"ema": Averages(3.0)})
     sources = {source.key: source for source in stored.sources()}
-    assert set(sources) == {"ema/shadow/a\\/b/0", "ema/shadow/a\\/b/1"}
+    assert set(sources) == {"ema/shadow/a\\/b/0", "ema/shadow/a\\/b/1"}, "small tensors stay in the object"
     assert all(s.share is Share.PER_RANK and not s.windowed for s in sources.values())
     fresh = Averages(0.0)
     fresh.decay = 0.0
     untouched = fresh.shadow["a/b"][0]
     Memory.of(stored).restore(AppState({"ema": fresh}))
     assert fresh.decay == 0.5
-    assert torch.equal(fresh.shadow["a/b"][0], torch.full((2, 3), 3.0))
+    assert torch.equal(fresh.shadow["a/b"][0], torch.full((50, 100), 3.0))
+    assert same_bits(fresh.seen, torch.arange(3, dtype=torch.int16))
     assert fresh.shadow["a/b"][1].dtype == torch.float64
-    assert torch.equal(untouched, torch.zeros(2, 3)), "tensors of a state dict are given, not written into"
+    assert torch.equal(untouched, torch.zeros(50, 100)), "tensors of a state dict are given, not written into"
 
 
 def test_plain_data_is_restored_in_place() -> None:
@@ -339,3 +342,19 @@ def test_missing_and_unexpected() -> None:
     ]
     strange = ["model/other", "optimizer/state/other/momentum_buffer", "optimizer/odd", "w\\/x/y"]
     assert app.unexpected([*known, *strange]) == sorted(strange)
+
+
+def test_small_tensors_of_state_dicts_may_change_their_shape() -> None:
+    """A loader's buffer has another length at each step and on each rank: no new layout for that. All of it has a
+    limit, beyond which tensors are keys again."""
+    many = Holds([torch.arange(n, dtype=torch.int32) for n in range(10)])
+    app = AppState({"loader": many})
+    assert app.sources() == []
+    many.value = [torch.tensor(1.5), torch.zeros(0, 3, dtype=torch.bool)]
+    assert app.unchanged()
+    found = unpack("loader", app.objects(), {}, maker("loader", {}, {}, reuse=False), Share.PER_RANK).value
+    small, empty = found["foo"][1]["bar"]
+    assert same_bits(small, torch.tensor(1.5))
+    assert same_bits(empty, torch.zeros(0, 3, dtype=torch.bool))
+    many.value = [torch.zeros(4096) for _ in range(65)]
+    assert [source.key for source in app.sources()] == ["loader/foo/1/bar/64"]
