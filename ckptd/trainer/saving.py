@@ -287,7 +287,8 @@ class SourceReader:
 
     def _holder(self, key: str, box: Box) -> Source:
         """The source that holds all of `box`; the save plan takes chunks from pieces, so there is one."""
-        return next(source for source in self._sources[key] if source.box.intersect(box) == box)
+        sources = self._sources[key]
+        return sources[0] if len(sources) == 1 else next(s for s in sources if s.box.intersect(box) == box)
 
 
 def _place(source: Source, box: Box) -> tuple[int, tuple[int, ...], int]:

@@ -9,19 +9,22 @@ from torch import nn
 
 
 class Model(nn.Module):
-    """Linear, batch norm, linear; sizes that do not divide by two ranks. `tied` shares the first weight as third."""
+    """Linear, batch norm, linear; sizes that do not divide by two ranks, one that leaves a rank without any. `tied`
+    shares the first weight as third."""
 
     def __init__(self, width: int = 5, tied: bool = False) -> None:
         super().__init__()
         self.first = nn.Linear(3, width)
         self.norm = nn.BatchNorm1d(width)
         self.last = nn.Linear(width, 3)
+        self.gate = nn.Linear(width, 1)
         self.head = nn.Linear(3, width, bias=False)
         if tied:
             self.head.weight = self.first.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.last(torch.relu(self.norm(self.first(x)))))
+        hidden = torch.relu(self.norm(self.first(x)))
+        return self.head(self.last(hidden) * self.gate(hidden))
 
 
 def application(seed: int, **options: Any) -> dict[str, Any]:

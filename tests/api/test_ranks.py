@@ -27,7 +27,7 @@ def replicated(seed: int) -> dict[str, Any]:
 
 
 def sharded(seed: int) -> dict[str, Any]:
-    """An FSDP2 application; five rows on two ranks are three and two."""
+    """An FSDP2 application; five rows on two ranks are three and two, one row is one and none."""
     torch.manual_seed(seed)
     model = Model()
     fully_shard(model.first)
@@ -88,6 +88,8 @@ def save_damaged(store: Path, how: str) -> None:
             PartWriter.write = original  # type: ignore[method-assign]
     elif how == "shape" and other:
         ckptd.save({**state, "w": torch.ones(5)}, store, step=1)
+    elif how == "path" and other:
+        ckptd.save(state, store / "elsewhere", step=1)
     elif how == "state" and other:
         ckptd.save({**state, "w": object()}, store, step=1)
     else:
@@ -191,6 +193,7 @@ def test_uneven_shards_there_and_back(two_ranks: World, tmp_path: Path) -> None:
         ("write", ckptd.StoreError, "No space left on device"),
         ("shape", ckptd.ConfigError, r"w: replicated float32 \[4\] on rank 0, replicated float32 \[5\] on rank 1"),
         ("state", ckptd.ConfigError, "w"),
+        ("path", ckptd.ConfigError, "elsewhere on node .* is not the store that rank 0 opened"),
         ("step", ckptd.ConfigError, "rank 1 for step=2"),
     ],
 )
