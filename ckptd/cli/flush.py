@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Annotated
 
@@ -23,7 +24,8 @@ def command(
     """Write the newest sealed snapshot of a job to its store, and print its step."""
     from ckptd.daemon.client import Control
 
-    step = Control.connect(job).flush(None if to is None else absolute(to))
+    with contextlib.closing(Control.connect(job)) as control:
+        step = control.flush(None if to is None else absolute(to))
     if step is None:
         raise NotFoundError("the job has no sealed snapshot yet; nothing was written")
     output.say(str(step))

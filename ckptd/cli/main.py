@@ -7,6 +7,7 @@ pipe is not an error to talk about.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated, Any
@@ -61,6 +62,9 @@ def options(
 
 def main() -> None:
     """The entry point of the `ckptd` script. Always leaves by SystemExit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a key in letters that the terminal lacks is no failure
     status_code: int | str | None = 0
     try:
         app(prog_name="ckptd")

@@ -6,6 +6,7 @@ a daemon of the job runs on this node. Daemons of other nodes cannot be seen fro
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -58,14 +59,13 @@ def refuse_running(uri: str, names: set[str]) -> None:
         except DaemonError:
             continue  # nobody listens: what is left of a daemon that was killed
         try:
-            found = control.status()
+            with contextlib.closing(control):
+                found = control.status()
         except CkptdError as error:
             raise ConfigError(
                 f"{uri}: cannot tell whether job {name!r} uses this store, its daemon does not answer ({error}); "
                 "end it with `ckptd stop`, then prune"
             ) from None
-        finally:
-            control.close()
         if name in names or uri in (name, found.get("store")):
             raise ConfigError(
                 f"{uri}: job {name!r} uses this store, its daemon runs with pid {found['pid']}; it prunes by itself "

@@ -83,10 +83,13 @@ def _print(contents: Contents) -> None:
     output.say(f"step        {summary.id.step} (epoch {summary.id.epoch})")
     created = output.format_time(summary.created_s)
     output.say(f"created     {created or 'unknown'}, format version {contents.format}")
-    output.say(
-        f"holds       {output.format_count(totals.tensors, 'tensor')} and {output.format_count(totals.objects, 'object')} "
-        f"in {output.format_count(totals.chunks, 'chunk')} from {output.format_count(totals.writers, 'writer')}"
+    counts = (
+        (totals.tensors, "tensor"),
+        (totals.objects, "object"),
+        (totals.chunks, "chunk"),
+        (totals.writers, "writer"),
     )
+    output.say(f"holds       {', '.join(output.format_count(*count) for count in counts)}")
     output.say(
         f"bytes       {output.format_bytes(totals.bytes)}, stored as {output.format_bytes(totals.stored)} "
         f"({output.format_ratio(totals.bytes, totals.stored)})"

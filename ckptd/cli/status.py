@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -44,11 +45,13 @@ def _ask(job: str | None) -> list[Mapping[str, Any]]:
     from ckptd.daemon.client import Control
 
     if job is not None:
-        return [Control.connect(job).status()]
+        with contextlib.closing(Control.connect(job)) as control:
+            return [control.status()]
     statuses: list[Mapping[str, Any]] = []
     for address in addresses():
         try:
-            statuses.append(Control(address).status())
+            with contextlib.closing(Control(address)) as control:
+                statuses.append(control.status())
         except CkptdError as error:
             if not address.directory.exists():
                 continue  # it left between the listing and now
@@ -81,7 +84,8 @@ def _print(status: Mapping[str, Any], problems: list[str]) -> None:
 
 def _lines(status: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [("epoch", f"{status.get('epoch') or 'none yet'} on node {status.get('node')}")]
-    lines.append(("store", str(status.get("store") or "none: memory only")))
+    unnamed = "none: memory only" if status.get("epoch") else "not told yet"
+    lines.append(("store", str(status.get("store") or unnamed)))
     ranks = status.get("ranks") or []
     lines.append(("ranks", "; ".join(_rank(rank) for rank in ranks) or "none connected"))
     lines.append(("newest", ", ".join(_level(status, level) for level in _LEVELS)))

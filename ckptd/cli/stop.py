@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -18,9 +19,9 @@ def command(
     """Stop the daemon of a job on this node and free the memory it holds."""
     from ckptd.daemon.client import Control
 
-    control = Control.connect(job)
-    status = control.status()
-    control.stop()
+    with contextlib.closing(Control.connect(job)) as control:
+        status = control.status()
+        control.stop()
     lost = find_lost(status)
     if lost is not None:
         output.note(f"Note: {lost}")

@@ -159,7 +159,7 @@ def test_a_job_that_just_began(daemons: type[FakeControl]) -> None:
     code, out, _ = call("status", "new")
     assert code == 0
     assert "none yet" in out
-    assert "memory only" in out
+    assert "not told yet" in out
     assert "none connected" in out
 
 
