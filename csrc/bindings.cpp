@@ -11,12 +11,12 @@
 #include <string>
 #include <vector>
 
+#include "box.hpp"
 #include "byteplanes.hpp"
 #include "copy.hpp"
 #include "crc32c.hpp"
 #include "isal.hpp"
 #include "memory.hpp"
-#include "run.hpp"
 
 namespace nb = nanobind;
 
@@ -128,8 +128,9 @@ std::uint32_t copy_bytes(std::uint64_t source_address, nb::handle target, bool c
     nb::gil_scoped_release released;
     std::uint32_t checksum = 0;
     if (view.size() > 0) {
-        copy_run(reinterpret_cast<const std::byte*>(source_address), view.data(), view.size(),
-                 crc ? &checksum : nullptr);
+        const Box box(reinterpret_cast<const std::byte*>(source_address), view.data(),
+                      static_cast<std::int64_t>(view.size()));
+        copy_box(box, crc ? &checksum : nullptr);
     }
     return checksum;
 }

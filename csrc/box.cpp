@@ -5,14 +5,18 @@
 
 #include "crc32c.hpp"
 #include "run.hpp"
+#include "transpose.hpp"
 
 namespace ckptd {
 
 namespace {
 
-constexpr std::int64_t short_run_bytes = 256;    // shorter runs are gathered before they are checksummed
-constexpr std::int64_t slab_bytes = 512 * 1024;  // moved, then checksummed out of the second-level cache
-constexpr std::int64_t tile = 32;                // elements a side: a tile's lines of both sides fit the first level
+constexpr std::int64_t short_run_bytes = 256;            // shorter runs are gathered before they are checksummed
+constexpr std::int64_t streamed_run_bytes = 2048;        // of shorter runs too much lies in broken lines
+constexpr std::int64_t streamed_box_bytes = 256 * 1024;  // smaller boxes may well be read again soon
+constexpr std::int64_t slab_bytes = 2 * 1024 * 1024;     // moved, then checksummed out of the second-level cache
+constexpr std::size_t source_tile_bytes = 256;  // of a tile's lines: the source's are in as many pages as there are
+constexpr std::size_t target_tile_bytes = 64;   // lines, so that each visit should bring several cache lines
 
 // Two dimensions of a box, the inner one second.
 struct Plane {
@@ -34,38 +38,99 @@ void move_rectangle(const std::byte* source, std::byte* target, const Plane& pla
     }
 }
 
-using MoveRectangle = void (*)(const std::byte*, std::byte*, const Plane&, std::size_t);
+template <std::size_t unit>
+struct ElementOf;
+template <>
+struct ElementOf<1> {
+    using Type = std::uint8_t;
+};
+template <>
+struct ElementOf<2> {
+    using Type = std::uint16_t;
+};
+template <>
+struct ElementOf<4> {
+    using Type = std::uint32_t;
+};
+template <>
+struct ElementOf<8> {
+    using Type = std::uint64_t;
+};
 
-MoveRectangle rectangle_mover(std::int64_t run) {
-    switch (run) {
-        case 1:
-            return move_rectangle<1>;
-        case 2:
-            return move_rectangle<2>;
-        case 4:
-            return move_rectangle<4>;
-        case 8:
-            return move_rectangle<8>;
-        case 16:
-            return move_rectangle<16>;
-        default:
-            return move_rectangle<0>;
+// Transposes a tile whose lines lie packed on each side. By way of buffers, so that each line of memory is touched
+// once: strides are often powers of two, and lines that far apart push each other out of the caches.
+template <std::size_t unit>
+void transpose_tile(const std::byte* source, std::byte* target, const Plane& plane) {
+    using Element = typename ElementOf<unit>::Type;
+    constexpr std::size_t lanes = Vector<Element>::lanes;
+    constexpr std::size_t rows = source_tile_bytes / unit;
+    constexpr std::size_t columns = target_tile_bytes / unit;
+    alignas(64) std::byte gathered[columns * source_tile_bytes];
+    alignas(64) std::byte transposed[rows * target_tile_bytes];
+    for (std::size_t j = 0; j < columns; ++j) {
+        std::memcpy(gathered + j * source_tile_bytes, source + static_cast<std::int64_t>(j) * plane.inner.source_stride,
+                    source_tile_bytes);
+    }
+    for (std::size_t i = 0; i < rows; i += lanes) {
+        for (std::size_t j = 0; j < columns; j += lanes) {
+            const auto block =
+                load_block<Element, lanes>(gathered + j * source_tile_bytes + i * unit, source_tile_bytes);
+            store_block<Element, lanes>(transposed + i * target_tile_bytes + j * unit, target_tile_bytes,
+                                        split_block<Element, lanes>(block));
+        }
+    }
+    for (std::size_t i = 0; i < rows; ++i) {
+        std::memcpy(target + static_cast<std::int64_t>(i) * plane.outer.target_stride,
+                    transposed + i * target_tile_bytes, target_tile_bytes);
     }
 }
 
-// Moves a plane in tiles where its two sides run in different directions, as in a transposed matrix.
-void move_plane(const std::byte* source, std::byte* target, const Plane& plane, std::int64_t run, bool transposed) {
-    const MoveRectangle move = rectangle_mover(run);
-    const auto bytes = static_cast<std::size_t>(run);
-    if (!transposed) return move(source, target, plane, bytes);
-    for (std::int64_t i = 0; i < plane.outer.size; i += tile) {
-        for (std::int64_t j = 0; j < plane.inner.size; j += tile) {
+// Moves a plane in tiles, since its two sides run in different directions, as in a transposed matrix.
+template <std::size_t unit>
+void move_transposed(const std::byte* source, std::byte* target, const Plane& plane, std::size_t run) {
+    constexpr bool vectors = unit != 0 && unit < vector_bytes;
+    constexpr std::int64_t rows = source_tile_bytes / (unit == 0 ? vector_bytes : unit);
+    constexpr std::int64_t columns = target_tile_bytes / (unit == 0 ? vector_bytes : unit);
+    const bool packed = vectors && plane.outer.source_stride == unit && plane.inner.target_stride == unit;
+    for (std::int64_t i = 0; i < plane.outer.size; i += rows) {
+        for (std::int64_t j = 0; j < plane.inner.size; j += columns) {
             Plane part = plane;
-            part.outer.size = std::min(tile, plane.outer.size - i);
-            part.inner.size = std::min(tile, plane.inner.size - j);
-            move(source + i * plane.outer.source_stride + j * plane.inner.source_stride,
-                 target + i * plane.outer.target_stride + j * plane.inner.target_stride, part, bytes);
+            part.outer.size = std::min(rows, plane.outer.size - i);
+            part.inner.size = std::min(columns, plane.inner.size - j);
+            const std::byte* from = source + i * plane.outer.source_stride + j * plane.inner.source_stride;
+            std::byte* to = target + i * plane.outer.target_stride + j * plane.inner.target_stride;
+            if constexpr (vectors) {
+                if (packed && part.outer.size == rows && part.inner.size == columns) {
+                    transpose_tile<unit>(from, to, part);
+                    continue;
+                }
+            }
+            move_rectangle<unit>(from, to, part, run);
         }
+    }
+}
+
+using MovePlane = void (*)(const std::byte*, std::byte*, const Plane&, std::size_t);
+
+template <std::size_t unit>
+MovePlane plane_mover(bool transposed) {
+    return transposed ? move_transposed<unit> : move_rectangle<unit>;
+}
+
+MovePlane choose_mover(std::int64_t run, bool transposed) {
+    switch (run) {
+        case 1:
+            return plane_mover<1>(transposed);
+        case 2:
+            return plane_mover<2>(transposed);
+        case 4:
+            return plane_mover<4>(transposed);
+        case 8:
+            return plane_mover<8>(transposed);
+        case 16:
+            return plane_mover<16>(transposed);
+        default:
+            return plane_mover<0>(transposed);
     }
 }
 
@@ -146,9 +211,10 @@ void move_box(const Box& box) {
     for (std::size_t i = 0; i < box.count; ++i) {
         if (i != inner && i != outer) others[count++] = box.dimensions[i];
     }
-    for_each_position(others.data(), count, box.source, box.target, [&](const std::byte* source, std::byte* target) {
-        move_plane(source, target, plane, box.run, transposed);
-    });
+    const MovePlane move = choose_mover(box.run, transposed);
+    const auto run = static_cast<std::size_t>(box.run);
+    for_each_position(others.data(), count, box.source, box.target,
+                      [&](const std::byte* source, std::byte* target) { move(source, target, plane, run); });
 }
 
 void copy_box(const Box& box, std::uint32_t* crc) {
@@ -162,9 +228,12 @@ void copy_box(const Box& box, std::uint32_t* crc) {
         });
         return;
     }
+    const bool streamed = box.target != nullptr && box.run >= streamed_run_bytes && box.bytes() >= streamed_box_bytes;
+    const Store store = streamed ? Store::streamed : Store::cached;
     const auto bytes = static_cast<std::size_t>(box.run);
     for_each_position(box.dimensions.data(), box.count, box.source, box.target,
-                      [&](const std::byte* source, std::byte* target) { copy_run(source, target, bytes, crc); });
+                      [&](const std::byte* source, std::byte* target) { copy_run(source, target, bytes, crc, store); });
+    if (streamed) finish_streamed();
 }
 
 }  // namespace ckptd

@@ -15,7 +15,6 @@ namespace {
 
 constexpr std::size_t block_bytes = 1024;
 constexpr std::size_t line_bytes = 64;
-constexpr std::size_t stream_from_bytes = 256 * 1024;  // shorter runs may well be read again soon: keep them cached
 
 // Copies whole lines to a target aligned to a line.
 using StreamLines = void (*)(const std::byte* source, std::byte* target, std::size_t size);
@@ -48,14 +47,10 @@ void stream_sse2(const std::byte* source, std::byte* target, std::size_t size) {
 }
 
 StreamLines choose_stream() {
+    __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f")) return stream_avx512;
     if (__builtin_cpu_supports("avx")) return stream_avx;
     return stream_sse2;
-}
-
-// Streamed stores are weakly ordered: whoever is told that the copy is done must see them.
-void finish_stream() {
-    _mm_sfence();
 }
 
 #else
@@ -68,8 +63,6 @@ StreamLines choose_stream() {
     return stream_plain;
 }
 
-void finish_stream() {}
-
 #endif
 
 const StreamLines stream_lines = choose_stream();
@@ -79,39 +72,45 @@ void copy_block(const std::byte* source, std::byte* target, std::size_t size, st
     std::memcpy(target, source, size);
 }
 
+// Starts loading a block while the one before it is worked on, which leaves the memory no pause.
+void prefetch_block(const std::byte* at) {
+    for (std::size_t line = 0; line < block_bytes; line += line_bytes) __builtin_prefetch(at + line);
+}
+
 void copy_streamed(const std::byte* source, std::byte* target, std::size_t size, std::uint32_t* crc) {
     const std::size_t head = -reinterpret_cast<std::uintptr_t>(target) % line_bytes;
     copy_block(source, target, head, crc);
     const std::size_t end = size - (size - head) % line_bytes;
     for (std::size_t at = head; at < end;) {
         const std::size_t length = std::min(block_bytes, end - at);
+        if (end - at >= 2 * block_bytes) prefetch_block(source + at + block_bytes);
         if (crc != nullptr) *crc = crc32c::extend(*crc, source + at, length);
         stream_lines(source + at, target + at, length);
         at += length;
     }
     copy_block(source + end, target + end, size - end, crc);
-    finish_stream();
 }
 
 }  // namespace
 
-void copy_run(const std::byte* source, std::byte* target, std::size_t size, std::uint32_t* crc) {
+void copy_run(const std::byte* source, std::byte* target, std::size_t size, std::uint32_t* crc, Store store) {
     if (target == nullptr) {
         if (crc != nullptr) *crc = crc32c::extend(*crc, source, size);
-        return;
-    }
-    if (size >= stream_from_bytes) return copy_streamed(source, target, size, crc);
-    if (crc == nullptr) {
+    } else if (store == Store::streamed && size >= line_bytes) {
+        copy_streamed(source, target, size, crc);
+    } else if (crc == nullptr) {
         std::memcpy(target, source, size);
-        return;
+    } else {
+        for (std::size_t at = 0; at < size; at += block_bytes) {
+            copy_block(source + at, target + at, std::min(block_bytes, size - at), crc);
+        }
     }
-    while (size > 0) {
-        const std::size_t length = std::min(block_bytes, size);
-        copy_block(source, target, length, crc);
-        source += length;
-        target += length;
-        size -= length;
-    }
+}
+
+void finish_streamed() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 
 }  // namespace ckptd

@@ -9,8 +9,14 @@
 
 namespace ckptd {
 
+// Where the target's bytes go: cached, for what may be read again soon; streamed past the caches, for long copies.
+enum class Store { cached, streamed };
+
 // Copies `size` bytes; `target` null: only the checksum; `crc` null: only the copy. `*crc` is continued.
 // The source must not change meanwhile: it is read once for the checksum and once for the copy.
-void copy_run(const std::byte* source, std::byte* target, std::size_t size, std::uint32_t* crc);
+void copy_run(const std::byte* source, std::byte* target, std::size_t size, std::uint32_t* crc, Store store);
+
+// Streamed stores are weakly ordered: call before anybody is told that the copy is done.
+void finish_streamed();
 
 }  // namespace ckptd

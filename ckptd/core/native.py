@@ -17,7 +17,8 @@ from ckptd.core.errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from typing_extensions import Buffer
+
+    from ckptd._native import BufferLike
 
 __all__ = [
     "address_of",
@@ -55,7 +56,7 @@ def _load_isal() -> None:
 _load_isal()
 
 
-def crc32c(data: Buffer, initial: int = 0) -> int:
+def crc32c(data: BufferLike, initial: int = 0) -> int:
     """CRC-32C of contiguous bytes, continuing `initial`, the CRC of what came before. Of nothing: `initial`."""
     return _native.crc32c(data, initial)
 
@@ -90,17 +91,17 @@ def copy_boxes(
     _native.copy_boxes(source, target, sizes, source_strides, target_strides, itemsize, crc=crc, threads=threads)
 
 
-def copy_bytes(source_address: int, target: Buffer, crc: bool = True) -> int:
+def copy_bytes(source_address: int, target: BufferLike, crc: bool = True) -> int:
     """Fills the writable contiguous `target` from an address; returns the CRC-32C of its bytes (0 without `crc`)."""
     return _native.copy_bytes(source_address, target, crc)
 
 
-def address_of(buffer: Buffer) -> int:
+def address_of(buffer: BufferLike) -> int:
     """The address of the first byte of a contiguous buffer, good for as long as the buffer lives."""
     return _native.address_of(buffer)
 
 
-def byteplanes_split(source: Buffer, target: Buffer, itemsize: int) -> None:
+def byteplanes_split(source: BufferLike, target: BufferLike, itemsize: int) -> None:
     """Puts bytes of equal significance together: plane p of `target` is byte p of every item of `source`.
 
     Both are contiguous and equally long, a multiple of `itemsize`; ValueError otherwise. They must not overlap.
@@ -108,7 +109,7 @@ def byteplanes_split(source: Buffer, target: Buffer, itemsize: int) -> None:
     _native.byteplanes_split(source, target, itemsize)
 
 
-def byteplanes_join(source: Buffer, target: Buffer, itemsize: int) -> None:
+def byteplanes_join(source: BufferLike, target: BufferLike, itemsize: int) -> None:
     """The inverse of `byteplanes_split`."""
     _native.byteplanes_join(source, target, itemsize)
 
