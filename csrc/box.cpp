@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "crc32c.hpp"
 #include "run.hpp"
@@ -14,7 +15,7 @@ namespace {
 constexpr std::int64_t short_run_bytes = 256;            // shorter runs are gathered before they are checksummed
 constexpr std::int64_t streamed_run_bytes = 2048;        // of shorter runs too much lies in broken lines
 constexpr std::int64_t streamed_box_bytes = 256 * 1024;  // smaller boxes may well be read again soon
-constexpr std::int64_t slab_bytes = 2 * 1024 * 1024;     // moved, then checksummed out of the second-level cache
+constexpr std::int64_t slab_bytes = 2 * 1024 * 1024;     // moved, then checksummed while the caches hold it
 constexpr std::size_t source_tile_bytes = 256;  // of a tile's lines: the source's are in as many pages as there are
 constexpr std::size_t target_tile_bytes = 64;   // lines, so that each visit should bring several cache lines
 
@@ -39,29 +40,15 @@ void move_rectangle(const std::byte* source, std::byte* target, const Plane& pla
 }
 
 template <std::size_t unit>
-struct ElementOf;
-template <>
-struct ElementOf<1> {
-    using Type = std::uint8_t;
-};
-template <>
-struct ElementOf<2> {
-    using Type = std::uint16_t;
-};
-template <>
-struct ElementOf<4> {
-    using Type = std::uint32_t;
-};
-template <>
-struct ElementOf<8> {
-    using Type = std::uint64_t;
-};
+using ElementOf = std::conditional_t<
+    unit == 1, std::uint8_t,
+    std::conditional_t<unit == 2, std::uint16_t, std::conditional_t<unit == 4, std::uint32_t, std::uint64_t>>>;
 
 // Transposes a tile whose lines lie packed on each side. By way of buffers, so that each line of memory is touched
 // once: strides are often powers of two, and lines that far apart push each other out of the caches.
 template <std::size_t unit>
 void transpose_tile(const std::byte* source, std::byte* target, const Plane& plane) {
-    using Element = typename ElementOf<unit>::Type;
+    using Element = ElementOf<unit>;
     constexpr std::size_t lanes = Vector<Element>::lanes;
     constexpr std::size_t rows = source_tile_bytes / unit;
     constexpr std::size_t columns = target_tile_bytes / unit;

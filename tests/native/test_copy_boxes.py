@@ -73,9 +73,10 @@ def layouts(draw: st.DrawFn, shape: tuple[int, ...], itemsize: int, seed: int) -
     count = int(np.prod(stored)) * itemsize
     shift = draw(st.integers(0, 3))
     memory = random_bytes(count + shift, seed)[shift:].view(f"V{itemsize}").reshape(stored)
-    view = memory.transpose(np.argsort(order)) if shape else memory
+    view: Array = memory.transpose(np.argsort(order)) if shape else memory
     index: tuple[Any, ...] = (..., *(slice(0, size * step, step) for size, step in zip(shape, steps, strict=True)))
-    return view[index]
+    found: Array = view[index]
+    return found
 
 
 @st.composite
