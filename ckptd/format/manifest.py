@@ -43,6 +43,10 @@ _SCHEMA = pa.schema(
     + [pa.field(name, pa.list_(pa.field("element", pa.int64(), nullable=False)), nullable=False) for name in _LISTS]
     + [pa.field(name, kind, nullable=name == "rank") for name, kind in _NUMBERS.items()]
 )
+_READ_SCHEMA = pa.schema(
+    [pa.field(name, pa.dictionary(pa.int32(), pa.string()), nullable=False) for name in ("key", "dtype")]
+    + [_SCHEMA.field(name) for name in _SCHEMA.names[2:]]
+)
 _ENCODED = ["key", "dtype", *(f"{name}.list.element" for name in _LISTS), "rank", "writer", "file", "codec"]
 _PLAIN = "crc32c"
 
@@ -160,6 +164,8 @@ class _Rows:
 
     def add(self, table: Any) -> None:
         """The rows of one row group; keys must go on in order."""
+        if not table.schema.equals(_READ_SCHEMA):
+            raise FormatError("its columns are not those of a manifest")
         (shape, dimensions), (offsets, dims_of_offsets), (sizes, dims_of_sizes) = (
             _padded(table, name, fill) for name, fill in zip(_LISTS, (1, 0, 1), strict=True)
         )
