@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -127,15 +128,20 @@ def _tree(objects: dict[str, object]) -> Tree:
 
 
 def _grow(parent: Tree, name: object, value: object) -> None:
-    """Adds a value under `parent`; dictionaries branch, everything else is a leaf in one line."""
+    """Adds a value under `parent`; dictionaries, and sequences that hold containers, branch; others are a leaf."""
     from rich.text import Text
 
     from ckptd.operations.describe import describe
 
     label = output.printable(name)
-    if isinstance(value, dict) and value:
+    inner: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        inner = value.items()
+    elif isinstance(value, (list, tuple)) and any(isinstance(element, (dict, list, tuple)) for element in value):
+        inner = enumerate(value)
+    if inner and value:
         branch = parent.add(Text(label))
-        for key, inner in value.items():
-            _grow(branch, key, inner)
+        for key, element in inner:
+            _grow(branch, key, element)
     else:
         parent.add(Text(f"{label}: {output.printable(describe(value))}"))

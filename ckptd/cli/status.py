@@ -63,9 +63,7 @@ def find_problems(status: Mapping[str, Any]) -> list[str]:
     """What makes the exit status 1, one line each."""
     if "unreachable" in status:
         return [f"the daemon does not answer: {status['unreachable']}"]
-    problems = [
-        f"rank {rank['rank']} (pid {rank['pid']}) is dead" for rank in status.get("ranks", ()) if not rank["alive"]
-    ]
+    problems = [f"rank {rank['rank']} is dead" for rank in status.get("ranks", ()) if not rank["alive"]]
     if status.get("last_error"):
         problems.append(f"last error: {status['last_error']}")
     return problems
@@ -101,9 +99,10 @@ def _lines(status: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _rank(rank: Mapping[str, Any]) -> str:
-    state = "dead" if not rank["alive"] else "connected" if rank["connected"] else "alive, not connected"
+    state = "connected" if rank["connected"] else "not connected"
+    process = f"pid {rank['pid']}, {state}" if rank["alive"] else "dead"
     step = "" if rank.get("step") is None else f", step {rank['step']}"
-    return f"{rank['rank']} (pid {rank['pid']}, {state}{step})"
+    return f"{rank['rank']} ({process}{step})"
 
 
 def _level(status: Mapping[str, Any], level: str) -> str:

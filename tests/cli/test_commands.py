@@ -37,7 +37,9 @@ def store(tmp_path: Path) -> Path:
     opened.write_record(EpochRecord(FIRST))
     opened.write_record(EpochRecord(SECOND, SnapshotId(FIRST, 10)))
     tensors = {"model/w": weights + 1, "model/b": np.zeros(32), "objects/rng/python@0": rng}
-    write(place, 12, tensors, {"scheduler": {"last_epoch": 12, "base_lrs": [0.1]}}, epoch=SECOND)
+    write(
+        place, 12, tensors, {"scheduler": {"last_epoch": 12, "base_lrs": [0.1]}, "groups": [{"lr": 0.5}]}, epoch=SECOND
+    )
     return place
 
 
@@ -120,9 +122,10 @@ def test_show(store: Path) -> None:
     assert f"checkpoint  {directory(store, 12).name}\n" in out
     assert "job         job-1\n" in out
     assert f"step        12 (epoch {SECOND})\n" in out
-    assert "2 tensors, 2 objects, 3 chunks, 1 writer\n" in out
+    assert "2 tensors, 3 objects, 3 chunks, 1 writer\n" in out
     assert re.search(r"^model/w +float32 +\[64, 32\] +1 +8\.0 KiB +\d\.\d KiB +\d+\.\d\dx", out, re.MULTILINE)
     assert "last_epoch: 12" in out
+    assert out.index("groups\n") < out.index("0\n", out.index("groups")) < out.index("lr: 0.5")
     assert "rng/python@0: (1, nan)" in out
 
 
@@ -194,6 +197,7 @@ def test_diff(store: Path) -> None:
     assert code == 1
     assert out.splitlines() == [
         "bytes differ    model/w: 2048 elements of float32 [64, 32], max abs difference 1",
+        "object differs  groups: (absent) -> [{'lr': 0.5}]",
         "object differs  rng/python@0: (absent) -> (1, nan)",
         "object differs  scheduler/last_epoch: 10 -> 12",
     ]

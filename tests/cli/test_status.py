@@ -127,7 +127,7 @@ def test_a_job_that_is_not(daemons: type[FakeControl]) -> None:
     daemons.answers |= {"/ckpts/run-1": answer, "other": WELL | {"job": "other"}}
     code, out, _ = call("status")
     assert code == 1
-    assert "PROBLEM   rank 1 (pid 101) is dead\n" in out
+    assert "PROBLEM   rank 1 is dead\n" in out
     assert "PROBLEM   last error: flush of step 500:; /ckpts/run-1: write: No space left on device (ENOSPC)\n" in out
     assert "no rank for 1m 5s" in out
     assert out.count("PROBLEM") == 2
