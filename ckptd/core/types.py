@@ -6,17 +6,14 @@ All are immutable and ordered where the design orders them. No I/O.
 from __future__ import annotations
 
 import enum
-import functools
 import hashlib
 import re
-from typing import Any
 
 import msgspec
 
 from ckptd.core.errors import FormatError
 
 
-@functools.total_ordering
 class Level(str, enum.Enum):
     """How safe a snapshot is. Ordered; each member equals its name as a string."""
 
@@ -36,19 +33,17 @@ class Level(str, enum.Enum):
     def __hash__(self) -> int:
         return hash(self.value)
 
-    def __lt__(self, other: Any) -> bool:
-        if not isinstance(other, str):
-            return NotImplemented
-        return bool(self.order < Level(other).order)
+    def __lt__(self, other: str) -> bool:
+        return self.order < Level(other).order
 
-    def __le__(self, other: Any) -> bool:
-        return self == other or self < other
+    def __le__(self, other: str) -> bool:
+        return self.order <= Level(other).order
 
-    def __gt__(self, other: Any) -> bool:
-        return not self <= other
+    def __gt__(self, other: str) -> bool:
+        return self.order > Level(other).order
 
-    def __ge__(self, other: Any) -> bool:
-        return not self < other
+    def __ge__(self, other: str) -> bool:
+        return self.order >= Level(other).order
 
 
 _LEVEL_ORDER = {level.value: position for position, level in enumerate(Level)}

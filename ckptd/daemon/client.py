@@ -81,7 +81,7 @@ class Control:
             raise DeadlineError(f"the daemon of job {self.address.job.name!r} does not end: {error}") from None
 
     def flush(self, to: str | None = None, deadline_s: float = FLUSH_S) -> int | None:
-        """Makes the newest sealed snapshot durable, in the job's store or in another; its step, None if there is none."""
+        """Makes the newest sealed snapshot durable, in the job's store or another; its step, None if there is none."""
         step: int | None = request(self._connection, m.Flush(to), deadline_s).step
         return step
 

@@ -12,6 +12,7 @@ keeper was killed. It ends when the daemon has left for good, or when daemons di
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -32,10 +33,8 @@ def main(arguments: list[str]) -> int:
     channel = None if adopted is None else socket.socket(fileno=int(adopted))
     if channel is None:
         detach()
-    try:
+    with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    except OSError:
-        pass
     kept: dict[bytes, int] = {}
     started: list[float] = []
     while True:

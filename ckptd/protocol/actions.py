@@ -11,7 +11,7 @@ from ckptd.protocol.messages import Message
 
 @dataclasses.dataclass(frozen=True)
 class Send:
-    """A message to a connection, with read-write (`slots`) or read-only (`readable`, `pieces`) descriptors beside it."""
+    """A message to a connection; beside it read-write (`slots`) or read-only (`readable`, `pieces`) descriptors."""
 
     peer: int
     message: Message
@@ -38,7 +38,7 @@ class WriteRecord:
 
 @dataclasses.dataclass(frozen=True)
 class StartFlush:
-    """Write a snapshot from its slots (rank order) into a store, then tell the machine (`flush_done`, `flush_failed`)."""
+    """Write a snapshot from its slots (rank order) into a store, then tell the machine (`flush_done`/`_failed`)."""
 
     snapshot: SnapshotId
     slots: tuple[int, ...]

@@ -36,7 +36,7 @@ class Cadence:
         self.lead = min(2 * self.lead, MAX_LEAD)
 
     def next_step(self, boundary: int, granted: int) -> int:
-        """The first step to capture that is `lead` ahead of the furthest `boundary` and after the last one `granted`."""
+        """The first step to capture that is `lead` ahead of the furthest `boundary` and after the last `granted`."""
         first = max(boundary + self.lead, granted + 1)
         upcoming = [_multiple(self.interval, first)]
         if self._policy.flush_steps is not None:

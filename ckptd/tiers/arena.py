@@ -3,8 +3,8 @@
 A slot is one memfd of one rank with room for one snapshot of that rank, and describes itself:
 
     page 0   geometry: rank, layout digest, where the parts lie; written once, checksummed
-    page 1-2 two state records, written in turn, checksummed: which snapshot the slot holds (or that it is being
-             written); the valid record with the higher sequence number counts, so a torn write loses nothing
+    page 1-2 two state records, written in turn, checksummed: which snapshot the slot holds (or that it is
+             being written); the valid record with the higher sequence number counts, so a torn write loses nothing
     table    the catalog of the rank's chunks (format/table.py); then CRCs, objects, and the data from a page boundary on
 
 The trainer writes, the daemon and other readers only read, by descriptor; they copy bytes out first and verify the
@@ -19,6 +19,7 @@ import hashlib
 import mmap
 import os
 import struct
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -29,7 +30,7 @@ from ckptd.core.catalog import Catalog
 from ckptd.core.errors import CorruptionError, FormatError
 from ckptd.core.native import address_of, crc32c, populate
 from ckptd.core.types import SnapshotId
-from ckptd.format.objects import pack_table, unpack_table
+from ckptd.format.objects import unpack_table
 from ckptd.format.table import decode_table, encode_table
 from ckptd.plan.share import OBJECTS_FILE, object_rows, share_objects, share_rows
 from ckptd.tiers.memory import allocate
@@ -83,9 +84,10 @@ class Geometry(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct, frozen=True):
-    """What a slot holds; `snapshot` None: nothing whole."""
+    """What a slot holds; `snapshot` None: nothing whole. `captured_at`: seconds since 1970, for people only."""
 
     snapshot: SnapshotId | None = None
+    captured_at: float = 0.0
     objects_bytes: int = 0
     objects_crc: int = 0
     crcs_crc: int = 0
@@ -181,7 +183,7 @@ class Slot:
         raw = crcs.astype("<u4").tobytes()
         os.pwrite(self.descriptor, raw, self.geometry.crc_offset)
         os.pwrite(self.descriptor, objects, self.geometry.objects_offset)
-        self._write_state(State(snapshot, len(objects), crc32c(objects), crc32c(raw)))
+        self._write_state(State(snapshot, time.time(), len(objects), crc32c(objects), crc32c(raw)))
 
     # --- reading
 
@@ -284,6 +286,11 @@ class SnapshotReader:
                 self._slots[int(catalog.writer[row])].read(offset, crc, into)
         except CorruptionError as error:
             raise CorruptionError(f"{catalog.tensors[catalog.tensor[row]].key} in {self.snapshot}: {error}") from None
+
+    @property
+    def captured_at(self) -> float:
+        """When the last rank had captured it, in seconds since 1970."""
+        return max(slot.state().captured_at for slot in self._slots.values())
 
     def close(self) -> None:
         """Closes the slots."""

@@ -19,7 +19,6 @@ import time
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from ckptd.core.catalog import Catalog
 from ckptd.core.config import Options
@@ -33,8 +32,9 @@ from ckptd.plan.share import with_aliases
 from ckptd.protocol import messages as m
 from ckptd.tiers.arena import Geometry, Slot, layout
 from ckptd.trainer.copying import CopyJobs
+from ckptd.trainer.saving import pieces_of
 from ckptd.trainer.state import AppState
-from ckptd.trainer.state_tensors import Source
+from ckptd.trainer.window import Running, Window
 
 log = logging.getLogger("ckptd.capture")
 
@@ -104,7 +104,7 @@ class Capture:
         self._answers: list[m.Message] = []
         self._failed_flush: tuple[int, str] | None = None
         self._refused: CkptdError | None = None
-        self._window: _Window | None = None
+        self._window: Window | None = None
         self._windows = 0
         self._closed = False
 
@@ -345,6 +345,7 @@ class Capture:
                 reasons[outcome.reason] = reasons.get(outcome.reason, 0) + 1
             else:
                 self.statistics.snapshots_captured += 1
+                self.statistics.bytes_captured += 0 if self._layout is None else int(self._layout.catalog.raw.sum())
             self._changed.notify_all()
         self._say(outcome)
 
@@ -359,7 +360,7 @@ class Capture:
                 self._settle(m.Missed(grant, "layout"))
                 return
             slot.begin()
-            capture = _Running(self, slot, jobs, grant, number, step, objects, started)
+            capture = Running(self._settle, SnapshotId(self._epoch, step), slot, jobs, grant, number, objects, started)
             lazy = jobs.windowed if self._options.capture == "lazy" else jobs.windowed[:0]
             eager = jobs.eager if len(lazy) else np.concatenate([jobs.eager, jobs.windowed])
             jobs.copy(eager, slot.map(), capture.crcs, self._threads)
@@ -368,7 +369,7 @@ class Capture:
             self._settle(m.Missed(grant, "failed"))
             return
         if len(lazy):
-            self._window = _Window(capture, lazy, self._audits(), self._threads)
+            self._window = Window(capture, lazy, self._audits(), self._threads)
         else:
             capture.complete()
         self._stalled(time.perf_counter() - started)
@@ -485,90 +486,6 @@ class Capture:
         for grant in [g for g in self._outcomes if g <= sealed]:
             del self._outcomes[grant]
             self._grants.pop(grant, None)
-
-
-class _Running:
-    """One capture under way."""
-
-    def __init__(
-        self,
-        owner: Capture,
-        slot: Slot,
-        jobs: CopyJobs,
-        grant: int,
-        number: int,
-        step: int,
-        objects: bytes,
-        started: float,
-    ) -> None:
-        self.owner, self.slot, self.jobs, self.grant = owner, slot, jobs, grant
-        self.number, self.step, self.objects, self.started = number, step, objects, started
-        self.crcs: npt.NDArray[np.uint32] = np.zeros(len(jobs.catalog), np.uint32)
-
-    def complete(self, stall_s: float | None = None) -> None:
-        """Everything is copied: the slot holds the step."""
-        self.jobs.spread(self.crcs)
-        self.slot.commit(SnapshotId(self.owner._epoch, self.step), self.crcs, self.objects)
-        self.owner.statistics.bytes_captured += int(self.jobs.catalog.raw.sum())
-        stall = time.perf_counter() - self.started if stall_s is None else stall_s
-        self.owner._settle(m.Captured(self.grant, self.step, self.number, stall))
-
-    def missed(self, reason: m.Reason) -> None:
-        """The slot holds nothing whole."""
-        self.owner._settle(m.Missed(self.grant, reason))
-
-
-class _Window:
-    """The lazy part of a capture: a thread copies while the next forward and backward run."""
-
-    SLICE_BYTES = 64 * 1024 * 1024
-
-    def __init__(self, capture: _Running, rows: npt.NDArray[np.int64], audit: bool, threads: int) -> None:
-        self.capture = capture
-        self._rows, self._threads = rows, threads
-        self._stall_s = time.perf_counter() - capture.started
-        self._expected: npt.NDArray[np.uint32] | None = None
-        if audit:
-            self._expected = np.zeros_like(capture.crcs)
-            capture.jobs.checksum(rows, self._expected, threads)
-        self._witness = capture.jobs.witness(rows)
-        self._given_up = threading.Event()
-        self._thread = threading.Thread(target=self._copy, name="ckptd-window", daemon=True)
-        self._thread.start()
-
-    def finish(self, max_stall_s: float) -> None:
-        """Waits for the copy, at most `max_stall_s`; then it is given up and the snapshot skipped."""
-        self._thread.join(max_stall_s)
-        if self._thread.is_alive():
-            self._given_up.set()
-            self._thread.join()
-
-    def _copy(self) -> None:
-        capture, jobs = self.capture, self.capture.jobs
-        try:
-            for rows in jobs.slices(self._rows, self.SLICE_BYTES):
-                if self._given_up.is_set():
-                    capture.missed("stall")
-                    return
-                jobs.copy(rows, capture.slot.map(), capture.crcs, self._threads)
-            same = self._expected is None or np.array_equal(self._expected[self._rows], capture.crcs[self._rows])
-            if not same or jobs.witness(self._rows) != self._witness:
-                log.error(
-                    "step %d is not captured: a parameter or optimizer state changed while it was copied; "
-                    "call before_update() before such writes",
-                    capture.step,
-                )
-                capture.missed("mutated")
-                return
-            capture.complete(self._stall_s)
-        except Exception:
-            log.exception("step %d is not captured", capture.step)
-            capture.missed("failed")
-
-
-def pieces_of(sources: list[Source]) -> list[Piece]:
-    """What a save plan needs to know of a rank's tensors."""
-    return [Piece(s.key, s.dtype, s.shape, s.box.offsets, s.box.sizes, s.share.value) for s in sources]
 
 
 def _close_all(descriptors: list[int]) -> None:

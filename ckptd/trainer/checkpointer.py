@@ -121,7 +121,7 @@ class Checkpointer:
     # --- restoring
 
     def restore(self, step: int | None = None, before: int | None = None) -> int:
-        """Starts the job's epoch and restores the newest snapshot: of exactly `step`, or with fewer steps than `before`.
+        """Starts the job's epoch and restores the newest snapshot: of exactly `step`, or of fewer steps than `before`.
 
         Once, before the first step; `steps` and `step` do it where it was not done. Collective. Returns the last
         completed step, 0 if there is nothing to restore. Raises NotFoundError where a step that must be there is not,

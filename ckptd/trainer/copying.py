@@ -25,7 +25,10 @@ Rows = npt.NDArray[np.int64]
 
 
 class CopyJobs:
-    """The copies that capture one layout from one set of tensors. `windowed` and `eager` are rows of `catalog` (distinct places only)."""
+    """The copies that capture one layout from one set of tensors.
+
+    `windowed` and `eager` are rows of `catalog`, one for each place in the slot.
+    """
 
     def __init__(self, catalog: Catalog, sources: Sequence[Source], aliases: dict[str, str]) -> None:
         """Every chunk of `catalog` lies in one of `sources`, under its key or the key that it is an alias of."""
