@@ -36,6 +36,10 @@ class Contender(abc.ABC):
     def load(self) -> None:
         """Bring the workload back to its last durable save."""
 
+    def load_from_memory(self) -> float | None:
+        """Seconds to bring the workload back to its last save without reading a disk; None if there is no such way."""
+        return None
+
     @abc.abstractmethod
     def saved(self) -> Path:
         """Directory of the last durable save."""

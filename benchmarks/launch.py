@@ -5,6 +5,7 @@ Every process carries a mark in its environment, so that daemons and helper proc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -111,9 +112,9 @@ class _Ranks:
                 rank, line = self._lines.get(timeout=max(0.0, self._deadline - time.monotonic()))
             except queue.Empty:
                 raise TrialError(f"no {name!r} in time\n{self._tail()}") from None
-            if line is None:
+            if line is None and rank not in found:
                 raise TrialError(f"rank {rank} ended before {name!r}\n{self._tail()}")
-            if "result" in line or line.get("phase") == name:
+            if line is not None and ("result" in line or line.get("phase") == name):
                 found[rank] = line.get("result")
         return [found[rank] for rank in sorted(found)]
 
@@ -134,13 +135,13 @@ class _Ranks:
 def _end(mark: str) -> None:
     """Let a finished trial leave by itself, then end by process id what is left of it."""
     deadline = time.monotonic() + 5
-    while (left := marked(MARK, mark)) and time.monotonic() < deadline:
+    while marked(MARK, mark) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for pid in left:
-        try:
-            psutil.Process(pid).kill()
-        except psutil.Error:
-            continue
+    while (left := marked(MARK, mark)) and time.monotonic() < deadline + 5:  # daemons start each other anew
+        for pid in left:
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(pid).kill()
+        time.sleep(0.05)
 
 
 def _free_port() -> int:

@@ -39,6 +39,7 @@ class Row:
     durable_s: Spread
     lost_s_per_gb: Spread
     load_s: Spread
+    load_from_memory_s: Spread | None
     disk_bytes: Spread
     peak_multiple: Spread
     extra_multiple: Spread
@@ -71,12 +72,19 @@ def row(name: str, outcomes: Sequence[Outcome]) -> Row:
         durable_s=Spread.of(each_save("durable_s")),
         lost_s_per_gb=Spread.of([lost / gigabytes for lost in each_save("lost_s")]),
         load_s=Spread.of(each_trial("load_s")),
+        load_from_memory_s=_from_memory(outcomes),
         disk_bytes=Spread.of(each_trial("disk_bytes")),
         peak_multiple=Spread.of([outcome.peak_bytes / state_bytes for outcome in outcomes]),
         extra_multiple=Spread.of([(o.peak_bytes - o.training_bytes) / state_bytes for o in outcomes]),
         memcpy_s_per_gb=Spread.of([seconds / gigabytes for seconds in each_trial("memcpy_s")]),
         calm_step_s=Spread.of(each_trial("calm_step_s")),
     )
+
+
+def _from_memory(outcomes: Sequence[Outcome]) -> Spread | None:
+    """The slowest rank of each trial, where the contender has a memory to load from."""
+    found = [[rank["load_from_memory_s"] for rank in outcome.ranks] for outcome in outcomes]
+    return None if None in found[0] else Spread.of([max(seconds) for seconds in found])
 
 
 COLUMNS = (
@@ -86,6 +94,7 @@ COLUMNS = (
     "durable s",
     "training lost s/GB",
     "load s",
+    "restart from memory s",
     "memory added x state",
     "memory in all x state",
     "disk GB",
@@ -96,7 +105,8 @@ LEGEND = """\
   from the death of every trainer). durable: until it is fsynced on disk. All from the boundary at which the save began.
 - training lost: time of the steps around a save above that of as many calm steps, per 1e9 bytes of state; a slow-down
   by background work is in it.
-- load: into the live model and optimizer, page cache warm.
+- load: from disk into the live model and optimizer, page cache warm. Restart from memory: a new start of the job until
+  its state is back, the start of processes and imports not counted.
 - memory: peak of all processes of the trial, helpers and daemons included, each page once; `added` is above the same
   training before its first save.
 - Median over all saves of all rounds (least to greatest)."""
@@ -124,6 +134,7 @@ def _cells(one: Row) -> list[str]:
         _spread(one.durable_s, 2),
         _spread(one.lost_s_per_gb, 2),
         _spread(one.load_s, 2),
+        "" if one.load_from_memory_s is None else _spread(one.load_from_memory_s, 2),
         f"{one.extra_multiple.median:.2f}",
         f"{one.peak_multiple.median:.2f}",
         f"{one.disk_bytes.median / 1e9:.3f}",

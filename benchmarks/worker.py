@@ -143,12 +143,18 @@ def run(trial: Trial) -> dict[str, Any]:
     dist.barrier()
     load_s = time.perf_counter() - started
     loaded = workload.fingerprint() == loop.fingerprint
+    workload.wipe()
+    dist.barrier()
+    memory_s = contender.load_from_memory()
+    if memory_s is not None:
+        loaded = loaded and workload.fingerprint() == loop.fingerprint
     disk_bytes = sum(path.stat().st_size for path in contender.saved().rglob("*") if path.is_file())
     contender.close()
     return {
         "saves": saves,
         "calm_step_s": before,
         "load_s": load_s,
+        "load_from_memory_s": memory_s,
         "loaded": loaded,
         "disk_bytes": disk_bytes,
         "local_bytes": workload.local_bytes(),

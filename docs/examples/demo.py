@@ -12,6 +12,7 @@ carries a mark in its environment and is gone when it returns, on failure and on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -169,6 +170,8 @@ class Stage:
             "CKPTD_RUNTIME_DIR": str(self.runtime),
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
+            # Otherwise restarted ranks may meet addresses of dead ones in a store that outlived them (pytorch#135712).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
 
     def torchrun(self, name: str, *arguments: str) -> tuple[subprocess.Popen[bytes], Run]:
@@ -221,13 +224,13 @@ class Stage:
         return [f"process {p.pid}" for p in self.processes()] + [f"socket {path.name}" for path in sockets]
 
     def clear(self) -> None:
-        """End what is still running, by process id."""
-        for process in self.processes():
-            try:
-                process.kill()
-                process.wait(5)
-            except psutil.Error:
-                continue
+        """End what is still running, by process id; again until nothing is, since daemons start each other anew."""
+        deadline = time.monotonic() + 10
+        while (left := self.processes()) and time.monotonic() < deadline:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(left, timeout=1)
 
 
 def follow(
@@ -391,7 +394,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seed", type=int, default=None, help="which rank is killed, and when; drawn if not given")
     parser.add_argument("--parameters", default="10M", help="size of the model: 1M, 10M, 30M or 100M")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--timeout-s", type=float, default=240.0, help="for each of the two runs")
     parser.add_argument("--directory", type=Path, default=None, help="keep everything there (default: temporary)")
     options = parser.parse_args(arguments)
@@ -413,6 +416,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     stage = Stage(directory)
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the stage is cleared
     try:
         findings = play(stage, options, console)
     except DemoError as error:

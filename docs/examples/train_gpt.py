@@ -1,5 +1,6 @@
 """Train a byte-level GPT with FSDP2 and ckptd, on the source code of Python's standard library.
 
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # or restarts may meet stale addresses (pytorch#135712)
     torchrun --standalone --nproc-per-node=2 --max-restarts=3 docs/examples/train_gpt.py --store /tmp/gpt
 
 Kill a rank (or all, or unplug the machine between two flushes) and start it again: it goes on where it was, bit for

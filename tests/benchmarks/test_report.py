@@ -21,6 +21,7 @@ def rank(stalls: list[float], *, loaded: bool = True, load_s: float = 1.0) -> di
         "saves": saves,
         "calm_step_s": 0.5,
         "load_s": load_s,
+        "load_from_memory_s": None,
         "loaded": loaded,
         "disk_bytes": 7,
         "local_bytes": GIGABYTE,
@@ -54,6 +55,14 @@ def test_one_rank_that_loads_other_bytes_marks_the_row() -> None:
     found = row("x", [outcome(rank([0.1]), rank([0.1], loaded=False))])
     assert not found.loaded
     assert "x (LOADED OTHER BYTES)" in markdown("title", ["machine"], [found])
+
+
+def test_only_some_can_load_from_memory() -> None:
+    fast = {**rank([0.1]), "load_from_memory_s": 0.25}
+    assert row("x", [outcome(rank([0.1]))]).load_from_memory_s is None
+    found = row("x", [outcome(fast, {**fast, "load_from_memory_s": 0.5})]).load_from_memory_s
+    assert found is not None
+    assert found.median == 0.5
 
 
 def test_the_table_is_whole() -> None:
