@@ -92,7 +92,7 @@ def from_parquet(data: bytes, rows: int) -> Catalog:
         for index in range(file.metadata.num_row_groups):
             collected.add(file.read_row_group(index, use_threads=False))
         return collected.catalog()
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
         raise FormatError(f"manifest part: not a Parquet file that can be read: {error}") from None
     except FormatError as error:
         raise FormatError(f"manifest part: {error}") from None

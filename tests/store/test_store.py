@@ -371,6 +371,34 @@ def test_verify_reports_progress_and_every_damaged_chunk(store: Store, tmp_path:
     assert seen == sorted(seen)
 
 
+def test_verify_tells_everything_that_is_wrong(store: Store, tmp_path: Path) -> None:
+    """One damaged file hides nothing about the others."""
+    held = {f"t{i}": ("uint8", np.random.default_rng(i).integers(0, 256, 3000, np.uint8)) for i in range(4)}
+    write(store, identity(1), held, writers=4)
+    root = tmp_path / "store" / checkpoint(identity(1))
+    (root / "objects.msgpack").write_bytes(b"")
+    (root / "manifest.parquet" / "w00000.parquet").write_bytes(b"")
+    (root / "data" / "w00001-00000.ckd").unlink()
+    with (root / "data" / "w00002-00000.ckd").open("r+b") as file:
+        file.truncate(100)
+    with (root / "data" / "w00003-00000.ckd").open("r+b") as file:
+        file.seek(2500)
+        file.write(b"???")
+    problems = store.reader(identity(1)).verify(threads=2)
+    assert len(problems) == 5
+    for name, problem in zip(["objects", "w00000.p", "w00001-", "w00002-", "w00003-"], problems, strict=True):
+        assert name in problem
+
+
+def test_verify_finds_tensors_with_gaps(store: Store) -> None:
+    memory = Memory({"x": ("uint8", np.zeros(4096, np.uint8)), "y": ("uint8", np.ones(5, np.uint8))}, ranks={"y": 3})
+    some = [0, 1, 3, 4]
+    attempt = store.writer(identity(1), JOB)
+    part = attempt.part(0).write(memory.catalog.select(some), lambda row, into: memory.read(some[row], into))
+    attempt.commit([part], {})
+    assert store.reader(identity(1)).verify() == ["tensor 'x': its chunks hold 3072 of 4096 bytes"]
+
+
 def test_a_full_disk_is_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")

@@ -7,16 +7,19 @@ lists and is missing or of another length was there once: a CorruptionError. Saf
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import numpy as np
 
 from ckptd.core import native
-from ckptd.core.catalog import RAW, Catalog
+from ckptd.core.catalog import ALL_RANKS, RAW, Catalog
 from ckptd.core.errors import CkptdError, CorruptionError, FormatError, NotFoundError
-from ckptd.core.types import SnapshotId
+from ckptd.core.types import SnapshotId, itemsize
 from ckptd.format.chunk import decode_chunk
 from ckptd.format.commit import MAX_COMMIT_BYTES, Commit, Part, decode_commit
 from ckptd.format.layout import check_layout
@@ -31,6 +34,7 @@ MAX_PART_BYTES = 2**31
 Progress = Callable[[int, int], None]
 
 _OPEN_FILES = 256
+_BATCH_ROWS = 64
 
 
 def read_commit(disk: Disk, directory: str) -> Commit:
@@ -115,18 +119,20 @@ class StoredCheckpoint:
     def read(self, row: int, into: memoryview) -> None:
         """Fills `into`, of exactly the row's raw bytes, with its decoded bytes. CorruptionError if they are not those
         that were captured; `into` then holds garbage."""
-        catalog = self.catalog()
+        self._read(self.catalog(), row, into)
+
+    def _read(self, catalog: Catalog, row: int, into: memoryview) -> None:
         raw = int(catalog.raw[row])
         target = into.cast("B")
         if target.nbytes != raw:
             raise ValueError(f"a buffer of {target.nbytes} bytes for a chunk of {raw}")
         if raw == 0:
             return
-        key = (int(catalog.writer[row]), int(catalog.file[row]))
-        path = names.data_file(self._directory, *key)
+        place = (int(catalog.writer[row]), int(catalog.file[row]))
         codec, offset = int(catalog.codec[row]), int(catalog.file_offset[row])
         info = catalog.tensors[catalog.tensor[row]]
-        with self._data_file(key) as file:
+        described = self._disk.describe(names.data_file(self._directory, *place))
+        with self._data_file(place) as file:
             if codec == RAW:
                 file.read_into(offset, target)
             else:
@@ -135,50 +141,21 @@ class StoredCheckpoint:
                 try:
                     decode_chunk(codec, stored, info.dtype, target)
                 except FormatError as error:
-                    raise CorruptionError(
-                        f"{self._disk.describe(path)}: chunk at {offset} of tensor {info.key!r}: {error}"
-                    ) from None
+                    raise CorruptionError(f"{described}: chunk at {offset} of tensor {info.key!r}: {error}") from None
         found, expected = native.crc32c(target), int(catalog.crc[row])
         if found != expected:
             raise CorruptionError(
-                f"{self._disk.describe(path)}: chunk at {offset} of tensor {info.key!r}: expected CRC32C "
-                f"{expected:08x}, found {found:08x}; the file was damaged"
+                f"{described}: chunk at {offset} of tensor {info.key!r}: expected CRC32C {expected:08x}, "
+                f"found {found:08x}; the file was damaged"
             )
 
-    def verify(self, progress: Progress | None = None) -> list[str]:
-        """Reads everything; returns what is wrong, one line each. `progress(bytes done, bytes in all)`."""
-        total = self.commit.data_bytes + self.commit.objects.size + sum(part.size for part in self.commit.parts)
-        problems: list[str] = []
-        done = 0
+    def verify(self, progress: Progress | None = None, *, threads: int = 1) -> list[str]:
+        """Reads everything; returns all that is wrong, one line each. `progress(bytes done, bytes in all)`.
 
-        def attempt(check: Callable[[], object], size: int) -> None:
-            nonlocal done
-            try:
-                check()
-            except CkptdError as error:
-                problems.append(str(error))
-            done += size
-            if progress is not None:
-                progress(done, total)
-
-        attempt(self.objects, self.commit.objects.size)
-        for part in self.commit.parts:
-            for number in range(len(part.data)):
-                attempt(lambda part=part, number=number: self._check_length(part, number), 0)  # type: ignore[misc]
-        if problems:
-            for part in self.commit.parts:
-                attempt(lambda part=part: self._part(part), part.size)  # type: ignore[misc]
-            return problems
-        attempt(self.catalog, sum(part.size for part in self.commit.parts))
-        if problems:
-            return problems
-        catalog = self.catalog()
-        buffer = memoryview(bytearray(int(catalog.raw.max(initial=0))))
-        order = np.lexsort((catalog.file_offset, catalog.file, catalog.writer))
-        for row in order[np.flatnonzero(catalog.raw[order])].tolist():
-            target = buffer[: int(catalog.raw[row])]
-            attempt(lambda row=row, target=target: self.read(row, target), int(catalog.stored[row]))  # type: ignore[misc]
-        return problems
+        Goes part by part, so that one damaged file hides nothing about the others.
+        """
+        with ThreadPoolExecutor(threads, thread_name_prefix="ckptd-verify") as executor:
+            return _Verification(self, executor, progress).run()
 
     def _part(self, part: Part) -> Catalog:
         path = names.manifest_part(self._directory, part.writer)
@@ -241,3 +218,79 @@ class StoredCheckpoint:
             yield
         except FormatError as error:
             raise type(error)(f"{self._disk.describe(path)}: {error}") from None
+
+
+class _Verification:
+    """One pass over all files of a checkpoint."""
+
+    def __init__(self, checkpoint: StoredCheckpoint, executor: Executor, progress: Progress | None) -> None:
+        commit = checkpoint.commit
+        self._checkpoint = checkpoint
+        self._executor = executor
+        self._progress = progress
+        self._done = 0
+        self._total = commit.data_bytes + commit.objects.size + sum(part.size for part in commit.parts)
+        self._problems: list[str] = []
+
+    def run(self) -> list[str]:
+        self._attempt(self._checkpoint.objects)
+        self._advance(self._checkpoint.commit.objects.size)
+        for part in self._checkpoint.commit.parts:
+            self._verify_part(part)
+        if not self._problems:
+            self._attempt(lambda: self._problems.extend(_incomplete(self._checkpoint.catalog())))
+        self._done = self._total
+        self._advance(0)
+        return self._problems
+
+    def _attempt(self, check: Callable[[], object]) -> bool:
+        try:
+            check()
+        except CkptdError as error:
+            self._problems.append(str(error))
+            return False
+        return True
+
+    def _advance(self, size: int) -> None:
+        self._done += size
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+    def _verify_part(self, part: Part) -> None:
+        whole = [
+            self._attempt(functools.partial(self._checkpoint._check_length, part, number))
+            for number in range(len(part.data))
+        ]
+        catalogs: list[Catalog] = []
+        self._attempt(lambda: catalogs.append(self._checkpoint._part(part)))
+        self._advance(part.size)
+        for catalog in catalogs:
+            order = np.lexsort((catalog.file_offset, catalog.file))
+            rows = [row for row in order[np.flatnonzero(catalog.raw[order])].tolist() if whole[catalog.file[row]]]
+            batches = [rows[i : i + _BATCH_ROWS] for i in range(0, len(rows), _BATCH_ROWS)]
+            check = functools.partial(self._verify_chunks, catalog)
+            for batch, problems in zip(batches, self._executor.map(check, batches), strict=True):
+                self._problems += problems
+                self._advance(int(catalog.stored[batch].sum()))
+
+    def _verify_chunks(self, catalog: Catalog, rows: list[int]) -> list[str]:
+        problems = []
+        buffer = memoryview(bytearray(int(catalog.raw[rows].max())))
+        for row in rows:
+            try:
+                self._checkpoint._read(catalog, row, buffer[: int(catalog.raw[row])])
+            except CkptdError as error:
+                problems.append(str(error))
+        return problems
+
+
+def _incomplete(catalog: Catalog) -> list[str]:
+    """Tensors whose rows for all ranks hold fewer bytes than the shape; those of single ranks alone are no matter."""
+    shared = catalog.rank == ALL_RANKS
+    held = np.bincount(catalog.tensor[shared], catalog.raw[shared], len(catalog.tensors))
+    listed = np.bincount(catalog.tensor[shared], minlength=len(catalog.tensors))
+    return [
+        f"tensor {info.key!r}: its chunks hold {int(held[i])} of {math.prod(info.shape) * itemsize(info.dtype)} bytes"
+        for i, info in enumerate(catalog.tensors)
+        if listed[i] and held[i] < math.prod(info.shape) * itemsize(info.dtype)
+    ]
