@@ -12,6 +12,7 @@ import collections
 import contextlib
 import logging
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -167,11 +168,17 @@ class Daemon:
         self._listening = listen(self._address)
         loop.add_reader(self._listening.fileno(), self._accept)
         loop.add_reader(self._keeper.fileno(), self._keeper_speaks)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._asked_to_end)
         self._tick()
         try:
             return await self._leaving
         finally:
             await self._leave()
+
+    def _asked_to_end(self) -> None:
+        self._machine.drain(time.monotonic())
+        self._carry_out()
 
     def _tick(self) -> None:
         self._machine.tick(time.monotonic())
@@ -450,13 +457,15 @@ class Daemon:
         self._cancel_flush.set()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=LEAVE_S)
-        asyncio.get_running_loop().remove_reader(self._keeper.fileno())
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._keeper.fileno())
+        loop.remove_reader(self._listening.fileno())
+        self._listening.close()
+        self._address.remove()
+        self._keeper.leave()
         for peer in list(self._peers.values()):
             await self._last_words(peer)
             self._close(peer)
-        self._address.remove()
-        self._keeper.leave()
-        self._listening.close()
 
     async def _last_words(self, peer: Peer) -> None:
         for _ in range(100):

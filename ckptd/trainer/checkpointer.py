@@ -12,10 +12,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -32,6 +33,7 @@ from ckptd.trainer.capture import Capture
 from ckptd.trainer.restoring import restore_state
 from ckptd.trainer.signals import Terminator
 from ckptd.trainer.state import AppState
+from ckptd.trainer.state_tensors import Source
 
 log = logging.getLogger("ckptd")
 
@@ -195,6 +197,7 @@ class Checkpointer:
             "epoch": str(choice.epoch),
             "source": choice.source,
             "age_s": age_s,
+            "not_finite": [] if choice.snapshot is None else _not_finite(self._state.sources()),
         }
         if self._grouped.rank == 0:
             _announce(self._address.job, self._restored)
@@ -353,6 +356,17 @@ _NUMBERS = (
 )
 
 
+def _not_finite(sources: Sequence[Source]) -> list[str]:
+    """Keys of tensors with NaN or Inf among their elements: they are restored as they are, but not in silence."""
+    floating = [s for s in sources if s.tensor.is_floating_point() or s.tensor.is_complex()]
+    return [s.key for s in floating if not bool(torch.isfinite(s.tensor.to(_widened(s.tensor))).all())]
+
+
+def _widened(tensor: torch.Tensor) -> torch.dtype:
+    """isfinite knows the usual floating dtypes only."""
+    return torch.float32 if tensor.element_size() == 1 else tensor.dtype
+
+
 def _announce(job: Job, restored: dict[str, Any]) -> None:
     """One line, so that everybody sees what a run went on from."""
     if restored["source"] == start.NOTHING:
@@ -363,6 +377,9 @@ def _announce(job: Job, restored: dict[str, Any]) -> None:
             f"ckptd: job {job.name} restored step {restored['step']} from {restored['source']}{age} "
             f"(epoch {restored['epoch']})"
         )
+    if restored["not_finite"]:
+        keys = restored["not_finite"]
+        text += f"\nckptd: the restored state has NaN or Inf in {len(keys)} tensors: {', '.join(keys[:10])}"
     print(text, file=sys.stderr, flush=True)
 
 
