@@ -7,6 +7,7 @@ Hello. Killed anywhere, the next start does the same again.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from ckptd.core.config import Options, World, node_name
-from ckptd.core.errors import ConfigError, DaemonError, NotFoundError
+from ckptd.core.errors import ConfigError, DaemonError, NotFoundError, UnrecoverableError
 from ckptd.core.lineage import EpochRecord, live
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.daemon.address import Address
@@ -28,6 +29,8 @@ from ckptd.protocol import messages as m
 from ckptd.tiers.arena import Slot
 from ckptd.tiers.store import Store
 from ckptd.trainer.collective import Group
+
+log = logging.getLogger("ckptd")
 
 ATTEMPTS = 5
 BEGIN_S = 120.0
@@ -121,6 +124,7 @@ def _begin(
         store = None if policy.store is None else Store.open(policy.store, create=True)
         stored = [] if store is None else store.checkpoints()
         records = [] if store is None else store.records()
+        damaged = [] if store is None or options.resume == "never" else store.damaged()
         known = [r.epoch.number for r in records] + [s.epoch.number for s in stored]
         epoch = Epoch(max([least, *(number + 1 for number in known)]), secrets.token_hex(8))
         try:
@@ -132,6 +136,7 @@ def _begin(
                     least = answer.promised.number + 1
                     continue
                 choice = _choose(epoch, answer, stored, records, options, wanted, excluded)
+                _mind_damage(choice, damaged)
                 begin = m.Begin(epoch, choice.snapshot, world, policy)
                 request(connection, begin, BEGIN_S)
                 return choice
@@ -139,6 +144,19 @@ def _begin(
             failure = error
             time.sleep(0.1)
     raise failure or DaemonError(f"job {address.job.name!r}: other launches of it keep starting on this node")
+
+
+def _mind_damage(choice: Choice, damaged: Collection[tuple[str, str]]) -> None:
+    """A checkpoint that exists and cannot be read is not passed over in silence; UnrecoverableError if it is all."""
+    if not damaged:
+        return
+    found = "; ".join(f"{name}: {reason}" for name, reason in damaged)
+    if choice.snapshot is None:
+        raise UnrecoverableError(
+            f"no readable checkpoint is left; found {found}. Upgrade ckptd if they are of a newer version, restore the "
+            "files, or start anew with resume='never'"
+        )
+    log.error("passed over unreadable checkpoints: %s", found)
 
 
 def _choose(

@@ -109,6 +109,13 @@ class Store:
         """(directory, reason) of checkpoints that are not committed, or not in a way that this build can read."""
         return [(name, problem) for _, name, problem in self._directories() if problem is not None]
 
+    def damaged(self) -> list[tuple[str, str]]:
+        """(directory, reason) of checkpoints that have a COMMIT which this build cannot read: damaged, foreign, newer.
+
+        Unlike leftovers without COMMIT, these may be what somebody relies on.
+        """
+        return [(name, problem) for name, problem in self.broken() if self._has_commit(name)]
+
     def newest(self, step: int | None = None) -> SnapshotId | None:
         """The newest checkpoint on the live lineage (of exactly `step`), or None."""
         return lineage.newest(self.checkpoints(), self.records(), step)
