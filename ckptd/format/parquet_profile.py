@@ -1,186 +1,241 @@
-"""Which Parquet files are manifest parts (docs/format.md, section 5): a profile that cannot unfold.
+"""Which Parquet files are manifest parts (docs/format.md, section 5): a profile that cannot unfold or confuse.
 
-Parquet can say a gigabyte in a kilobyte: pages that decompress to anything, delta encodings, column chunks that
-share pages. This module walks the headers of all pages (Thrift, compact protocol) before any page is decoded, so that
-what decoding allocates is bounded by the size of the file. It decodes no values.
+Parquet can say a gigabyte in a kilobyte: pages that decompress to anything, delta encodings, column chunks that share
+pages. And Parquet libraries believe footers: one unknown number there ends a process that uses pyarrow. So this module
+reads the footer and the headers of all pages itself, and what it lets through has exactly our columns, in order, and
+decodes to an amount of memory that is bounded by the size of the file. It decodes no values.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 from ckptd.core.errors import FormatError
+from ckptd.format.thrift import Reader, Struct, Value
 
 ROW_GROUP_ROWS = 65_536
 MAX_PAGE_BYTES = 16 * 1024 * 1024
 MAX_DIMENSIONS = 64
 MAX_DICTIONARY_ENTRIES = ROW_GROUP_ROWS * MAX_DIMENSIONS
 
+_MAGIC = b"PAR1"
 _UNFOLDED_BYTES, _UNFOLDED_FACTOR = 64 * 1024 * 1024, 64
 """All pages together may unfold to _UNFOLDED_BYTES + _UNFOLDED_FACTOR times the file."""
+_MAX_PAGE_HEADER_BYTES = 1024
+_MAX_CREATOR_BYTES = 256
 
+_INT32, _INT64, _BYTE_ARRAY = 1, 2, 6
+_REQUIRED, _OPTIONAL, _REPEATED = 0, 1, 2
+_UNCOMPRESSED, _ZSTD = 0, 6
 _DATA_PAGE, _DICTIONARY_PAGE = 0, 2
 _PLAIN, _PLAIN_DICTIONARY, _RLE, _RLE_DICTIONARY = 0, 2, 3, 8
-_VALUE_ENCODINGS = (_PLAIN, _PLAIN_DICTIONARY, _RLE, _RLE_DICTIONARY)
-_MAX_HEADER_BYTES = 64 * 1024
+_ENCODINGS = frozenset({_PLAIN, _PLAIN_DICTIONARY, _RLE, _RLE_DICTIONARY})
 
 
-def check_profile(data: bytes, metadata: Any, rows: int, lists: frozenset[str], plain: str) -> None:
-    """Checks the pyarrow FileMetaData of `data` and all page headers; raises FormatError.
+class _Column(NamedTuple):
+    """A column of the manifest in Parquet's terms; `annotation` is (converted type, logical type) of its top."""
 
-    `lists` are the columns whose rows hold up to 64 values; `plain` is the one that must be neither compressed
-    nor encoded.
-    """
-    if metadata.num_rows != rows:
-        raise FormatError(f"expected {rows} rows as in COMMIT, found {metadata.num_rows}")
+    name: bytes
+    physical: int
+    optional: bool = False
+    is_list: bool = False
+    annotation: tuple[int, Struct] | None = None
+    plain: bool = False
+
+    @property
+    def path(self) -> list[Value]:
+        return [self.name, b"list", b"element"] if self.is_list else [self.name]
+
+    def elements(self) -> list[Struct]:
+        """What the schema in a footer says of it."""
+        top: Struct = {3: _OPTIONAL if self.optional else _REQUIRED, 4: self.name}
+        if self.annotation is not None:
+            top[6], top[10] = self.annotation
+        if not self.is_list:
+            return [top | {1: self.physical}]
+        return [top | {5: 1}, {3: _REPEATED, 4: b"list", 5: 1}, {1: self.physical, 3: _REQUIRED, 4: b"element"}]
+
+
+_TEXT: tuple[int, Struct] = (0, {1: {}})
+_LIST: tuple[int, Struct] = (3, {3: {}})
+_COLUMNS = (
+    _Column(b"key", _BYTE_ARRAY, annotation=_TEXT),
+    _Column(b"dtype", _BYTE_ARRAY, annotation=_TEXT),
+    _Column(b"shape", _INT64, is_list=True, annotation=_LIST),
+    _Column(b"offsets", _INT64, is_list=True, annotation=_LIST),
+    _Column(b"sizes", _INT64, is_list=True, annotation=_LIST),
+    _Column(b"rank", _INT32, optional=True),
+    _Column(b"writer", _INT32),
+    _Column(b"file", _INT32),
+    _Column(b"file_offset", _INT64),
+    _Column(b"stored", _INT64),
+    _Column(b"raw", _INT64),
+    _Column(b"codec", _INT32, annotation=(11, {10: {1: 8, 2: False}})),
+    _Column(b"crc32c", _INT32, annotation=(13, {10: {1: 32, 2: False}}), plain=True),
+)
+
+
+def check_profile(data: bytes, rows: int) -> None:
+    """Checks the footer and all page headers of a part with `rows` rows; raises FormatError."""
     if rows > len(data) // 4:
         raise FormatError(f"{rows} rows in {len(data)} bytes; at least 4 bytes a row")
-    if metadata.num_row_groups != -(-rows // ROW_GROUP_ROWS):
-        raise FormatError(f"{metadata.num_row_groups} row groups for {rows} rows; expected {ROW_GROUP_ROWS} in each")
-    if metadata.metadata:
+    footer, end_of_pages = _footer(data)
+    if 5 in footer:
         raise FormatError("key-value metadata is not allowed")
-    walk = _Walk(data)
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        expected = min(ROW_GROUP_ROWS, rows - index * ROW_GROUP_ROWS)
-        if group.num_rows != expected:
-            raise FormatError(f"row group {index}: {group.num_rows} rows; expected {expected}")
-        for number in range(group.num_columns):
-            column = group.column(number)
-            name = column.path_in_schema.split(".")[0]
-            try:
-                walk.column(column, expected, name in lists, name == plain)
-            except FormatError as error:
-                raise FormatError(f"row group {index}, column {name}: {error}") from None
+    _check_fields("footer", footer, required={1, 2, 3, 4}, optional={6, 7})
+    schema = [{3: _REQUIRED, 4: b"schema", 5: len(_COLUMNS)}, *(e for column in _COLUMNS for e in column.elements())]
+    if footer[2] != schema:
+        raise FormatError("its columns are not those of a manifest")
+    if footer.get(7, [{1: {}}] * len(_COLUMNS)) != [{1: {}}] * len(_COLUMNS):
+        raise FormatError("an order of values that is not the usual one")
+    creator = footer.get(6, b"")
+    if not isinstance(creator, bytes) or len(creator) > _MAX_CREATOR_BYTES:
+        raise FormatError("a creator that is not a short text")
+    if footer[3] != rows:
+        raise FormatError(f"expected {rows} rows as in COMMIT, found {footer[3]!r:.40}")
+    groups = _structs(footer, 4)
+    if len(groups) != -(-rows // ROW_GROUP_ROWS):
+        raise FormatError(f"{len(groups)} row groups for {rows} rows; expected {ROW_GROUP_ROWS} in each")
+    walk = _Walk(data, end_of_pages)
+    for index, group in enumerate(groups):
+        walk.group(index, group, min(ROW_GROUP_ROWS, rows - index * ROW_GROUP_ROWS))
+
+
+def _footer(data: bytes) -> tuple[Struct, int]:
+    """(the footer, where it begins)."""
+    stop = len(data) - 8
+    start = stop - int.from_bytes(data[-8:-4], "little")
+    if data[:4] != _MAGIC or data[-4:] != _MAGIC or not 4 <= start < stop:
+        raise FormatError("not a Parquet file, or cut short")
+    reader = Reader(data, start, stop)
+    footer = reader.struct()
+    if reader.position != stop:
+        raise FormatError(f"{stop - reader.position} bytes after the footer")
+    return footer, start
+
+
+def _check_fields(name: str, fields: Struct, required: set[int], optional: set[int]) -> None:
+    if not required <= fields.keys() <= required | optional:
+        raise FormatError(f"{name}: fields {sorted(fields)}; expected {sorted(required)}, allowed {sorted(optional)}")
+
+
+def _structs(fields: Struct, number: int) -> list[Struct]:
+    value = fields[number]
+    found = [element for element in value if isinstance(element, dict)] if isinstance(value, list) else None
+    if found is None or found != value:
+        raise FormatError(f"field {number} is not a list of structs")
+    return found
+
+
+def _struct(fields: Struct, number: int) -> Struct:
+    value = fields[number]
+    if not isinstance(value, dict):
+        raise FormatError(f"field {number} is not a struct")
+    return value
+
+
+def _integer(fields: Struct, number: int, least: int = 0, most: int = 2**31 - 1) -> int:
+    value = fields[number]
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise FormatError(f"field {number} is {value!r:.40}; expected {least} to {most}")
+    return value
 
 
 class _Walk:
     """Goes through the column chunks of a file in order, adding up what they unfold to."""
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._end = 4
-        self._budget = _UNFOLDED_BYTES + _UNFOLDED_FACTOR * len(data)
-
-    def column(self, column: Any, rows: int, is_list: bool, plain: bool) -> None:
-        """Checks one column chunk."""
-        allowed = ("UNCOMPRESSED",) if plain else ("UNCOMPRESSED", "ZSTD")
-        if column.compression not in allowed or column.file_path:
-            raise FormatError(f"compression {column.compression}, file {column.file_path!r} not allowed")
-        start = column.data_page_offset
-        if column.dictionary_page_offset is not None:
-            start = min(start, column.dictionary_page_offset)
-        stop = start + column.total_compressed_size
-        if not self._end <= start < stop <= len(self._data):
-            raise FormatError(f"bytes {start} to {stop} overlap what came before, or leave the file")
-        values, position, pages = 0, start, 0
-        while position < stop:
-            header = _PageHeader(self._data, position, stop)
-            self._page(header, column.compression == "UNCOMPRESSED", first=pages == 0, plain=plain)
-            values += 0 if header.kind == _DICTIONARY_PAGE else header.values
-            position = header.end + header.compressed
-            pages += 1
-        most = rows * MAX_DIMENSIONS if is_list else rows
-        if position != stop or values != column.num_values or not rows <= values <= most:
-            raise FormatError(
-                f"pages hold {values} values in {position - start} bytes; expected {rows} in {stop - start}"
-            )
-        self._end = stop
-
-    def _page(self, header: _PageHeader, uncompressed: bool, first: bool, plain: bool) -> None:
-        good = header.kind == _DATA_PAGE or (header.kind == _DICTIONARY_PAGE and first and not plain)
-        encodings = (_PLAIN,) if plain else _VALUE_ENCODINGS
-        if not good or header.encoding not in encodings or not set(header.level_encodings) <= {_RLE}:
-            raise FormatError(f"page of kind {header.kind}, encoding {header.encoding} not allowed")
-        if header.kind == _DICTIONARY_PAGE and header.values > MAX_DICTIONARY_ENTRIES:
-            raise FormatError(f"dictionary of {header.values} entries")
-        if header.unfolded > MAX_PAGE_BYTES or (uncompressed and header.unfolded != header.compressed):
-            raise FormatError(f"page of {header.unfolded} bytes, {header.compressed} stored; at most {MAX_PAGE_BYTES}")
-        self._budget -= header.unfolded
-        if self._budget < 0:
-            raise FormatError("pages unfold to more than a file of this size may")
-
-
-class _PageHeader:
-    """One page header: kind, sizes, values and encodings; `end` is where the page's bytes begin."""
-
-    def __init__(self, data: bytes, start: int, stop: int) -> None:
-        reader = _Thrift(data, start, min(stop, start + _MAX_HEADER_BYTES))
-        fields = reader.struct(1)
-        self.end = reader.position
-        self.kind = _integer(fields, 1)
-        self.unfolded = _integer(fields, 2)
-        self.compressed = _integer(fields, 3)
-        details = fields.get(5 if self.kind == _DATA_PAGE else 7)
-        if not isinstance(details, dict):
-            raise FormatError(f"page of kind {self.kind} not allowed")
-        self.values = _integer(details, 1)
-        self.encoding = _integer(details, 2)
-        self.level_encodings = [_integer(details, n) for n in (3, 4)] if self.kind == _DATA_PAGE else []
-        if self.compressed > stop - self.end:
-            raise FormatError(f"page of {self.compressed} bytes; {stop - self.end} left")
-
-
-def _integer(fields: dict[int, object], number: int) -> int:
-    value = fields.get(number)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise FormatError(f"page header: field {number} is {value!r}")
-    return value
-
-
-class _Thrift:
-    """The part of Thrift's compact protocol that page headers use; anything else is a FormatError."""
-
-    def __init__(self, data: bytes, start: int, stop: int) -> None:
+    def __init__(self, data: bytes, stop: int) -> None:
         self._data = data
         self._stop = stop
-        self.position = start
+        self._end = len(_MAGIC)
+        self._budget = _UNFOLDED_BYTES + _UNFOLDED_FACTOR * len(data)
 
-    def struct(self, depth: int) -> dict[int, object]:
-        """Fields by number."""
-        if depth > 3:
-            raise FormatError("page header: nested too deep")
-        fields: dict[int, object] = {}
-        number = 0
-        while (head := self._byte()) != 0:
-            number = number + (head >> 4) if head >> 4 else self._zigzag()
-            fields[number] = self._value(head & 15, depth)
-        return fields
+    def group(self, index: int, group: Struct, rows: int) -> None:
+        """Checks one row group."""
+        _check_fields(f"row group {index}", group, required={1, 2, 3}, optional={5, 6, 7})
+        columns = _structs(group, 1)
+        if group[3] != rows or len(columns) != len(_COLUMNS):
+            raise FormatError(f"row group {index}: {group[3]!r:.40} rows, {len(columns)} columns; expected {rows} rows")
+        for column, chunk in zip(_COLUMNS, columns, strict=True):
+            try:
+                _check_fields("column chunk", chunk, required={2, 3}, optional=set())
+                self._chunk(column, _struct(chunk, 3), rows)
+            except FormatError as error:
+                raise FormatError(f"row group {index}, column {column.name.decode()}: {error}") from None
 
-    def _value(self, kind: int, depth: int) -> object:
-        if kind in (1, 2):
-            return kind == 1
-        if kind == 3:
-            return self._byte()
-        if kind in (4, 5, 6):
-            return self._zigzag()
-        if kind == 8:
-            self._skip(self._varint())
-            return None
-        if kind == 12:
-            return self.struct(depth + 1)
-        raise FormatError(f"page header: Thrift type {kind}")
+    def _chunk(self, column: _Column, metadata: Struct, rows: int) -> None:
+        _check_fields("metadata", metadata, required={1, 2, 3, 4, 5, 6, 7, 9}, optional={11, 13, 16})
+        if metadata[1] != column.physical or metadata[3] != column.path:
+            raise FormatError("is of another type or path")
+        compression = _integer(metadata, 4)
+        if compression not in ({_UNCOMPRESSED} if column.plain else {_UNCOMPRESSED, _ZSTD}):
+            raise FormatError(f"compression {compression} is not allowed")
+        encodings = metadata[2]
+        if not isinstance(encodings, list) or not all(e in _ENCODINGS for e in encodings if isinstance(e, int)):
+            raise FormatError(f"encodings {encodings!r:.80} are not allowed")
+        start = _integer(metadata, 9, most=self._stop)
+        if 11 in metadata:
+            start = min(start, _integer(metadata, 11, most=self._stop))
+        stop = start + _integer(metadata, 7, least=1, most=self._stop)
+        if not self._end <= start < stop <= self._stop:
+            raise FormatError(f"bytes {start} to {stop} overlap what came before, or the footer")
+        values = self._pages(column, start, stop, compression == _UNCOMPRESSED)
+        most = rows * MAX_DIMENSIONS if column.is_list else rows
+        if values != metadata[5] or not rows <= values <= most:
+            raise FormatError(f"pages hold {values} values for {rows} rows, the footer says {metadata[5]!r:.40}")
+        self._end = stop
 
-    def _byte(self) -> int:
-        if self.position >= self._stop:
-            raise FormatError("page header: cut short")
-        self.position += 1
-        return self._data[self.position - 1]
+    def _pages(self, column: _Column, start: int, stop: int, uncompressed: bool) -> int:
+        """Checks the pages from `start` to `stop`; returns how many values they hold."""
+        values, position = 0, start
+        while position < stop:
+            page = _page_header(self._data, position, stop)
+            dictionary = page.kind == _DICTIONARY_PAGE
+            if dictionary and (column.plain or position != start or page.values > MAX_DICTIONARY_ENTRIES):
+                raise FormatError(f"a dictionary of {page.values} entries where none may be")
+            if page.encodings - ({_PLAIN, _RLE} if column.plain else _ENCODINGS) or (column.plain and page.dictionary):
+                raise FormatError(f"page with encodings {sorted(page.encodings)} not allowed")
+            if page.unfolded > MAX_PAGE_BYTES or (uncompressed and page.unfolded != page.stored):
+                raise FormatError(f"page of {page.unfolded} bytes, {page.stored} stored; at most {MAX_PAGE_BYTES}")
+            self._budget -= page.unfolded
+            if self._budget < 0:
+                raise FormatError("pages unfold to more than a file of this size may")
+            values += 0 if dictionary else page.values
+            position = page.begin + page.stored
+        return values
 
-    def _varint(self) -> int:
-        result = 0
-        for shift in range(0, 70, 7):
-            byte = self._byte()
-            result |= (byte & 127) << shift
-            if byte < 128:
-                return result
-        raise FormatError("page header: a number of more than 70 bits")
 
-    def _zigzag(self) -> int:
-        value = self._varint()
-        return (value >> 1) ^ -(value & 1)
+class _Page(NamedTuple):
+    """A page header: sizes in bytes, values, all encodings; the page's bytes begin at `begin`."""
 
-    def _skip(self, count: int) -> None:
-        if count > self._stop - self.position:
-            raise FormatError("page header: cut short")
-        self.position += count
+    kind: int
+    unfolded: int
+    stored: int
+    values: int
+    encodings: frozenset[int]
+    begin: int
+
+    @property
+    def dictionary(self) -> bool:
+        """Whether it is a dictionary, or refers to one."""
+        return self.kind == _DICTIONARY_PAGE or bool(self.encodings & {_PLAIN_DICTIONARY, _RLE_DICTIONARY})
+
+
+def _page_header(data: bytes, start: int, stop: int) -> _Page:
+    reader = Reader(data, start, min(stop, start + _MAX_PAGE_HEADER_BYTES))
+    fields = reader.struct()
+    kind = _integer(fields, 1) if 1 in fields else -1
+    if kind not in (_DATA_PAGE, _DICTIONARY_PAGE):
+        raise FormatError(f"page of kind {kind} not allowed")
+    details = 5 if kind == _DATA_PAGE else 7
+    _check_fields("page header", fields, required={1, 2, 3, details}, optional=set())
+    inner = _struct(fields, details)
+    numbers = {1, 2, 3, 4} if kind == _DATA_PAGE else {1, 2}
+    _check_fields("page header", inner, required=numbers, optional={5} if kind == _DATA_PAGE else {3})
+    stored = _integer(fields, 3, most=stop - reader.position)
+    encodings = frozenset(_integer(inner, number) for number in numbers - {1})
+    if kind == _DATA_PAGE and (inner[3], inner[4], inner.get(5, {})) != (_RLE, _RLE, {}):
+        raise FormatError("levels that are not run lengths, or statistics")
+    if kind == _DICTIONARY_PAGE and not encodings <= {_PLAIN, _PLAIN_DICTIONARY}:
+        raise FormatError("a dictionary that is not plain")
+    return _Page(kind, _integer(fields, 2), stored, _integer(inner, 1), encodings, reader.position)
