@@ -171,6 +171,23 @@ def test_an_error_while_reading_ends_all_threads(store: Store, threads: int) -> 
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ckptd-encode")]
 
 
+def test_an_error_while_writing_ends_all_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: memoryview) -> int:
+        raise OSError(28, "No space left on device")
+
+    memory = Memory({"x": ("uint8", np.random.default_rng(0).integers(0, 256, 2**25, np.uint8))}, chunk_bytes=2**20)
+    attempt = store.writer(identity(1), JOB)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.write", full)
+        try:
+            attempt.part(0).write(memory.catalog, memory.read, threads=3)
+        except StoreError as error:
+            running = [thread for thread in threading.enumerate() if thread.name.startswith("ckptd-encode")]
+            assert (running, "ENOSPC" in str(error)) == ([], True)  # noqa: PT017 - while the traceback is alive
+        else:
+            pytest.fail("a full disk was not noticed")
+
+
 def test_cancelling(store: Store) -> None:
     memory = Memory({"x": ("uint8", np.zeros(2**20, np.uint8))}, chunk_bytes=2**18)
     attempt = store.writer(identity(1), JOB)

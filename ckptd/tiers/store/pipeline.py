@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -33,10 +33,11 @@ class EncodedRow(NamedTuple):
 
 def encoded_rows(
     catalog: Catalog, rows: Sequence[int], read: Read, threads: int, cancelled: Callable[[], bool]
-) -> Iterator[EncodedRow]:
+) -> Generator[EncodedRow, None, None]:
     """The chunks of `rows`, in this order. `read(row, into)` is called on any thread, for several rows at once.
 
     Raises CorruptionError if what was read does not have the checksum in the catalog. Ends early if `cancelled()`.
+    Closing it, early or not, waits for its threads.
     """
 
     def encode(batch: list[int], buffer: memoryview) -> list[EncodedRow]:

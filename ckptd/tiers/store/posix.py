@@ -158,7 +158,6 @@ class PosixOutput:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-            self._staging.close()
 
     def _padded(self) -> int:
         """Staged bytes rounded up to blocks where O_DIRECT asks for it; `sync` cuts the zeros off again."""

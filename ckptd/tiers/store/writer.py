@@ -125,8 +125,9 @@ class PartWriter:
                 for name, kind in (("file", "i4"), ("file_offset", "i8"), ("stored", "i8"), ("codec", "u1"))
             }
             written = 0
-            with contextlib.closing(data):
-                for row, codec, stored in encoded_rows(catalog, chosen.tolist(), read, threads, cancelled):
+            encoded = encoded_rows(catalog, chosen.tolist(), read, threads, cancelled)
+            with contextlib.closing(data), contextlib.closing(encoded):
+                for row, codec, stored in encoded:
                     columns["file"][row], columns["file_offset"][row] = data.append(stored)
                     columns["stored"][row], columns["codec"][row] = len(stored), codec
                     written += 1
