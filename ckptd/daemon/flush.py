@@ -21,11 +21,15 @@ _IOPRIO_BEST_EFFORT_LOWEST = (2 << 13) | 7
 
 
 class Progress:
-    """Bytes read so far of a flush, for `ckptd status`."""
+    """Bytes read so far of the flush of `snapshot`, for `ckptd status`."""
 
-    def __init__(self, step: int, total_bytes: int) -> None:
-        self.step, self.total_bytes, self.done_bytes = step, total_bytes, 0
+    def __init__(self, snapshot: SnapshotId) -> None:
+        self.snapshot, self.total_bytes, self.done_bytes = snapshot, 0, 0
         self._lock = threading.Lock()
+
+    def report(self) -> dict[str, int]:
+        """JSON-able."""
+        return {"step": self.snapshot.step, "done_bytes": self.done_bytes, "total_bytes": self.total_bytes}
 
     def add(self, size: int) -> None:
         """`size` more bytes were read."""
@@ -35,7 +39,7 @@ class Progress:
 
 def flush(
     reader: SnapshotReader,
-    store_uri: str,
+    store: Store,
     job: str,
     keep: int | None,
     progress: Progress,
@@ -45,7 +49,6 @@ def flush(
 
     A step that is committed already is left as it is. Leftovers of an interrupted flush are removed on failure.
     """
-    store = Store.open(store_uri, create=True)
     catalog = reader.catalog()
     progress.total_bytes = int(catalog.raw.sum())
 
@@ -53,9 +56,8 @@ def flush(
         reader.read(row, into)
         progress.add(len(into))
 
-    snapshot: SnapshotId = reader.snapshot
-    if snapshot not in store.checkpoints():
-        writer = store.writer(snapshot, job)
+    if not store.committed(reader.snapshot):
+        writer = store.writer(reader.snapshot, job)
         try:
             part = writer.part(0).write(catalog, read, threads=_workers(), cancelled=cancelled)
             writer.commit([part], reader.objects())

@@ -130,7 +130,9 @@ class Daemon:
         self._numbered = 0
         self._pieces: dict[int, int] = {}
         self._watched: dict[str, int] = {}
+        self._stores: dict[str, Store] = {}
         self._flush: flushing.Progress | None = None
+        self._flush_lock = threading.Lock()
         self._cancel_flush = threading.Event()
         self._tasks: set[asyncio.Future[None]] = set()
         self._leaving: asyncio.Future[str]
@@ -410,9 +412,17 @@ class Daemon:
         task.add_done_callback(self._tasks.discard)
 
     def _write_record(self, action: WriteRecord) -> None:
-        store = Store.open(action.store, create=True)
+        store = self._open_store(action.store)
         store.probe()
         store.write_record(action.record)
+        with self._flush_lock:
+            store.clean(keep=() if self._flush is None else (self._flush.snapshot,))
+
+    def _open_store(self, uri: str) -> Store:
+        """One Store for the life of this process: it remembers what is in doubt after a failed fsync."""
+        if uri not in self._stores:
+            self._stores[uri] = Store.open(uri, create=True)
+        return self._stores[uri]
 
     def _recorded(self, action: WriteRecord, error: str | None) -> None:
         self._machine.recorded(action.peer, error, time.monotonic())
@@ -421,11 +431,11 @@ class Daemon:
         flushing.yield_to_training()
         slots = [Slot.open(os.dup(self._slots[number].descriptor)) for number in action.slots]
         reader = SnapshotReader(action.snapshot, slots)
-        self._flush = flushing.Progress(action.snapshot.step, 0)
+        with self._flush_lock:
+            self._flush = flushing.Progress(action.snapshot)
         try:
-            flushing.flush(
-                reader, action.store, self._address.job.name, action.keep, self._flush, self._cancel_flush.is_set
-            )
+            store = self._open_store(action.store)
+            flushing.flush(reader, store, self._address.job.name, action.keep, self._flush, self._cancel_flush.is_set)
         finally:
             reader.close()
             self._flush = None
@@ -449,7 +459,11 @@ class Daemon:
             "pid": os.getpid(),
             "flush": None
             if progress is None
-            else {"step": progress.step, "done_bytes": progress.done_bytes, "total_bytes": progress.total_bytes},
+            else {
+                "step": progress.snapshot.step,
+                "done_bytes": progress.done_bytes,
+                "total_bytes": progress.total_bytes,
+            },
         }
 
     async def _leave(self) -> None:
