@@ -38,12 +38,20 @@ class Terminator:
         self._previous = signal.signal(signal.SIGTERM, self._handle)
         self._thread = threading.Thread(target=self._listen, name="ckptd-sigterm", daemon=True)
         self._thread.start()
+        _installed.add(self)
+
+    def leave_child(self) -> None:
+        """In a forked child: a SIGTERM there concerns the child alone, and must not reach our wakeup fd."""
+        with contextlib.suppress(ValueError, TypeError):
+            signal.set_wakeup_fd(self._previous_wakeup)
+            signal.signal(signal.SIGTERM, self._previous)
 
     def end(self) -> None:
         """Puts back what was there before."""
         if not self._installed:
             return
         self._installed = False
+        _installed.discard(self)
         if threading.current_thread() is threading.main_thread():
             with contextlib.suppress(ValueError, TypeError):
                 signal.signal(signal.SIGTERM, self._previous)
@@ -75,6 +83,17 @@ class Terminator:
         self._done.wait(self._grace_s)
         if callable(self._previous):
             self._previous(number, frame)
+
+
+_installed: set[Terminator] = set()
+
+
+def _forked() -> None:
+    for terminator in list(_installed):
+        terminator.leave_child()
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _default(number: int) -> None:
