@@ -220,8 +220,13 @@ class Stage:
         deadline = time.monotonic() + patience_s
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
-        sockets = [path for path in self.runtime.rglob("*") if stat.S_ISSOCK(path.lstat().st_mode)]
-        return [f"process {p.pid}" for p in self.processes()] + [f"socket {path.name}" for path in sockets]
+        found = [f"process {process.pid}" for process in self.processes()]
+        for root, _, names in os.walk(self.runtime):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # about to leave too
+                    if stat.S_ISSOCK(os.lstat(os.path.join(root, name)).st_mode):
+                        found.append(f"socket {name}")
+        return found
 
     def clear(self) -> None:
         """End what is still running, by process id; again until nothing is, since daemons start each other anew."""
