@@ -13,6 +13,8 @@ from ckptd.protocol.messages import Policy
 
 LEAD = 2
 MAX_LEAD = 1024
+MAX_INTERVAL = 10**6
+"""Of `snapshot_every="auto"`: however expensive a capture was, it is tried again one day."""
 
 
 class Cadence:
@@ -28,8 +30,9 @@ class Cadence:
 
     def observe(self, stall_s: float, step_s: float) -> None:
         """A capture cost the loop `stall_s` where a step takes `step_s`."""
-        if self._policy.snapshot_steps is None and step_s > 0 and math.isfinite(stall_s):
-            self.interval = max(1, math.ceil(stall_s / (self._policy.overhead_budget * step_s)))
+        allowed_s = self._policy.overhead_budget * step_s
+        if self._policy.snapshot_steps is None and allowed_s > 0 and math.isfinite(stall_s):
+            self.interval = max(1, math.ceil(min(stall_s / allowed_s, MAX_INTERVAL)))
 
     def late(self) -> None:
         """A grant reached a rank after its step."""
@@ -59,4 +62,4 @@ class Cadence:
 
 
 def _multiple(of: int, least: int) -> int:
-    return math.ceil(least / of) * of
+    return -(-least // of) * of

@@ -1,12 +1,13 @@
 """Messages between trainers, tools and the daemon of one node: one msgpack object a packet (docs/protocol.md).
 
 Every message is idempotent and may be repeated after a reconnection; descriptors travel beside the packet. Decoding is
-strict: unknown tags, missing fields and wrong types raise FormatError. Nothing here does I/O.
+strict: unknown tags, missing fields, wrong types and values out of range raise FormatError, so that whoever handles a
+message may compute with what is in it. Nothing here does I/O.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -19,6 +20,18 @@ PROTOCOL = 1
 
 MAX_PACKET = 128 * 1024
 
+MAX_TEXT = 2000
+"""Characters of a text for people; longer ones are cut, so that every message fits a packet."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=10**18)]
+"""Steps, numbers of slots, ranks, generations: sums of two fit 64 bits."""
+
+Positive = Annotated[int, msgspec.Meta(ge=1, lt=10**18)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+Instance = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+Digest = Annotated[str, msgspec.Meta(max_length=100)]
+SlotBytes = Annotated[int, msgspec.Meta(ge=1, le=2**45)]
 
 Reason = Literal["late", "layout", "mutated", "revoked", "stall", "failed"]
 """Why a grant is missed: it came after its step; the state has another layout now; a source changed during the copy;
@@ -29,28 +42,38 @@ class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Base of all messages; the class name is the tag on the wire."""
 
 
+def _check_snapshot(snapshot: SnapshotId | None) -> None:
+    if snapshot is not None:
+        snapshot.epoch.check()
+        if not 0 <= snapshot.step < 10**18:
+            raise FormatError(f"step {snapshot.step}: out of range")
+
+
 # --- trainer or tool -> daemon
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """What the daemon must know of the job's options. Times are seconds; `flush_steps`/`flush_s`: at most one is set."""
+    """What the daemon must know of the job's options. Times in seconds. At most one of `flush_*` is set."""
 
-    store: str | None
-    snapshot_steps: int | None
-    flush_steps: int | None
-    flush_s: float | None
-    keep: int | None
-    overhead_budget: float
-    memory_bytes: int | None
-    linger_s: float
+    store: Name | None
+    snapshot_steps: Positive | None
+    flush_steps: Positive | None
+    flush_s: Annotated[float, msgspec.Meta(gt=0)] | None
+    keep: Positive | None
+    overhead_budget: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    memory_bytes: Positive | None
+    linger_s: Seconds
 
 
 class Prepare(Message, frozen=True):
     """Rank 0 asks for a promise not to serve epochs below `epoch`. Answer: Promise or Refuse."""
 
     protocol: int
-    job: str
+    job: Name
     epoch: Epoch
+
+    def __post_init__(self) -> None:
+        self.epoch.check()
 
 
 class Begin(Message, frozen=True):
@@ -58,8 +81,12 @@ class Begin(Message, frozen=True):
 
     epoch: Epoch
     restore_point: SnapshotId | None
-    world: int
+    world: Positive
     policy: Policy
+
+    def __post_init__(self) -> None:
+        self.epoch.check()
+        _check_snapshot(self.restore_point)
 
 
 class Hello(Message, frozen=True):
@@ -69,68 +96,72 @@ class Hello(Message, frozen=True):
     """
 
     protocol: int
-    job: str
+    job: Name
     epoch: Epoch
-    rank: int
-    world: int
-    instance: str
+    rank: Count
+    world: Positive
+    instance: Instance
     restore_point: SnapshotId | None
     policy: Policy
+
+    def __post_init__(self) -> None:
+        self.epoch.check()
+        _check_snapshot(self.restore_point)
 
 
 class Pieces(Message, frozen=True):
     """Answer to Survey: what the rank's state consists of, as bytes in the descriptor beside."""
 
-    generation: int
+    generation: Count
 
 
 class Layout(Message, frozen=True):
     """What a slot of this rank must hold from now on. Answered, once every rank has said it, by Allot or Refuse."""
 
-    generation: int
-    digest: str
-    slot_bytes: int
+    generation: Count
+    digest: Digest
+    slot_bytes: SlotBytes
 
 
 class Ready(Message, frozen=True):
     """A slot is allocated and populated; its descriptor travels beside unless the daemon has it already."""
 
-    slot: int
+    slot: Count
 
 
 class Boundary(Message, frozen=True):
     """The rank has completed `step`; `step_s` is its recent mean step time, capture excluded."""
 
-    step: int
-    step_s: float
+    step: Count
+    step_s: Seconds
 
 
 class Captured(Message, frozen=True):
     """The grant for `grant` was used: `step` is in `slot`, checksums and all; it cost the loop `stall_s`."""
 
-    grant: int
-    step: int
-    slot: int
-    stall_s: float
+    grant: Count
+    step: Count
+    slot: Count
+    stall_s: Seconds
 
 
 class Missed(Message, frozen=True):
     """The grant for `grant` will never be used."""
 
-    grant: int
+    grant: Count
     reason: Reason
 
 
 class Request(Message, frozen=True):
     """The rank stands at the boundary of `step` and wants it captured now; granted when every rank asks."""
 
-    step: int
+    step: Count
 
 
 class Flush(Message, frozen=True):
     """Make the newest sealed snapshot durable now; `to` another store than the job's. Answer: Flushed or Refuse."""
 
-    to: str | None = None
+    to: Name | None = None
 
 
 class Terminating(Message, frozen=True):
@@ -185,10 +216,12 @@ class SlotInfo(msgspec.Struct, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The rank is in. `restore` lists the slots of the restore point, whose read-only descriptors travel beside."""
+    """The rank is in. `slots` of it are ready, `pending` ones are not. `restore` lists the slots of the restore point,
+    whose read-only descriptors travel beside."""
 
     pid: int
     slots: list[int]
+    pending: list[int]
     restore: list[SlotInfo]
 
 
@@ -319,7 +352,9 @@ def encode(message: Message) -> bytes:
 
 def decode(packet: bytes, direction: Literal["to", "from"]) -> Any:
     """The message `to` or `from` the daemon in a packet; raises FormatError."""
+    if len(packet) > MAX_PACKET:
+        raise FormatError(f"message of {len(packet)} bytes: a packet holds {MAX_PACKET}")
     try:
         return _decoders[direction].decode(packet)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # a ValidationError is a DecodeError
         raise FormatError(f"message of {len(packet)} bytes: {error}") from None

@@ -1,10 +1,11 @@
 """The state machine of one node's daemon: epochs, members, grants, seals, flushes. Events in, actions out.
 
 Owns every decision of the daemon; does no I/O and reads no clock. `NodeState` is the part that outlives the daemon
-(the server writes it into the arena before any action is carried out), `Member`s come back by their Hello.
+(the server writes it into the arena before any action is carried out), `Member`s come back by their Hello. Which slots
+a rank gets is decided in layouts.py, when to grant in cadence.py, what to flush in flushes.py.
 
 Invariants
-- Epochs only grow: nothing of an epoch below the promise is served (promise 5).
+- Epochs only grow: nothing of an epoch below the promise is served (promise 5). An epoch has one process a rank.
 - A snapshot is sealed only when every rank of the epoch has captured the same step (promises 4, 8).
 - The newest sealed snapshot, one being flushed, and the restore point until the first seal of its epoch keep their
   slots (promise 3).
@@ -14,15 +15,17 @@ Invariants
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.protocol import messages as m
-from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, StartFlush, WriteRecord
+from ckptd.protocol import repeats
+from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, WriteRecord
 from ckptd.protocol.cadence import Cadence
+from ckptd.protocol.flushes import Flushes, Request
+from ckptd.protocol.layouts import LEAST, WITH_STORE, allot, missing_bytes
+from ckptd.protocol.members import Member, Members
 from ckptd.protocol.slots import Granted
 from ckptd.protocol.state import NodeState, describe
 
@@ -32,33 +35,8 @@ PIPELINE = 2
 IDLE_S = 60.0
 """A daemon that no epoch has begun on leaves after this time."""
 
-MAX_RECORDS = 1000
-MAX_WORLD = 4096
-
-
-@dataclasses.dataclass
-class Member:
-    """A rank of the current epoch as far as this daemon process has heard of it."""
-
-    peer: int | None
-    instance: str
-    boundary: int = -1
-    step_s: float = 0.0
-    wants: int | None = None
-    pieces: bool = False
-    layout: m.Layout | None = None
-    closed: bool = False
-    left: bool = False
-
-
-@dataclasses.dataclass
-class FlushRequest:
-    """A connection that waits for `target` to be durable; `answer` makes its reply of the durable step."""
-
-    peer: int
-    target: SnapshotId
-    store: str
-    answer: Callable[[int | None], m.Message]
+MAX_WORLD = 250
+"""Ranks of one node: a Plan passes one descriptor for each, and the kernel passes 253 at a time."""
 
 
 class NodeMachine:
@@ -66,21 +44,18 @@ class NodeMachine:
 
     def __init__(self, state: NodeState, now_s: float) -> None:
         self.state = state
-        self.members: dict[int, Member] = {}
+        self.members = Members()
         self._now_s = now_s
         self._out: list[Action] = []
         self._cadence: Cadence | None = None
-        self._granted_step = 0
-        self._flushing: StartFlush | None = None
-        self._refused_flush: SnapshotId | None = None
-        self._requests: list[FlushRequest] = []
+        self._flushes = Flushes()
         self._beginning: set[int] = set()
         self._quiet_since_s: float | None = now_s
         self._planned = False
+        self._draining = False
         self._available_bytes = 0
         if state.policy is not None:
-            self._cadence = Cadence(state.policy, _step(state.durable) or _step(state.restore_point) or 0)
-        self._granted_step = max((g.grant for g in state.table.granted), default=0)
+            self._cadence = Cadence(state.policy, max(_step(state.durable), _step(state.restore_point)))
 
     # --- events
 
@@ -121,7 +96,7 @@ class NodeMachine:
                 self._from_member(peer, message)
 
     def _from_member(self, peer: int, message: m.Message) -> None:
-        found = self._member_of(peer)
+        found = self.members.of(peer)
         if found is None:
             self._refuse(peer, "DaemonError", f"{type(message).__name__} from a connection that is no rank")
             return
@@ -135,10 +110,12 @@ class NodeMachine:
             case m.Ready():
                 slot = self.state.table.get(message.slot)
                 if slot is not None and slot.rank == rank:
-                    slot.ready = True
+                    slot.ready, slot.owner = True, self.state.instances[rank]
             case m.Boundary():
                 member.boundary = max(member.boundary, message.step)
                 member.step_s = message.step_s
+                if member.wants is not None and member.wants < message.step:
+                    member.wants = None
             case m.Captured() | m.Missed():
                 self._outcome(rank, message)
             case m.Request():
@@ -147,28 +124,33 @@ class NodeMachine:
             case m.Terminating():
                 self._terminating(peer)
             case m.Close():
-                member.closed = True
+                self.state.closed.add(rank)
             case m.Leave():
-                member.left = True
+                self.state.left.add(rank)
 
     def gone(self, peer: int, now_s: float) -> None:
         """The connection is lost. The process may live on, and may come back."""
         self._now_s = now_s
-        self._requests = [request for request in self._requests if request.peer != peer]
+        self._flushes.gone(peer)
         self._beginning.discard(peer)
-        for member in self.members.values():
-            if member.peer == peer:
-                member.peer = None
+        found = self.members.of(peer)
+        if found is not None:
+            rank, member = found
+            member.peer = None
+            if not self.state.is_visible(rank):
+                self.state.left.add(rank)
 
     def dead(self, instance: str, now_s: float) -> None:
         """The process of a rank has ended: it writes no more."""
         self._now_s = now_s
         self.state.table.writer_ended(instance)
-        for member in self.members.values():
-            if member.instance == instance:
-                member.left = True
-                member.peer = None
         self.state.processes.pop(instance, None)
+        for rank in [r for r, known in self.state.instances.items() if known == instance]:
+            self.state.left.add(rank)
+            peer = self.members.peer(rank)
+            if peer is not None:
+                self._out.append(Disconnect(peer))
+                self.members[rank].peer = None
 
     def recorded(self, peer: int, error: str | None, now_s: float) -> None:
         """The epoch record is durable in the store, or cannot be written."""
@@ -183,40 +165,37 @@ class NodeMachine:
     def flush_done(self, snapshot: SnapshotId, store: str, now_s: float) -> None:
         """A flush has committed."""
         self._now_s = now_s
-        self._flushing = None
         self._count("flushed")
-        if self.state.policy is not None and store == self.state.policy.store:
+        live = self.state.is_live(snapshot)
+        if live and store == self.state.own_store:
             self.state.durable = max(self.state.durable or snapshot, snapshot)
             if snapshot.epoch == self.state.epoch:
                 self._broadcast(m.Reached(snapshot.step, Level.DURABLE))
-        for request in [r for r in self._requests if r.store == store and r.target <= snapshot]:
-            self._requests.remove(request)
+        for request in self._flushes.ended(snapshot, store, live):
             self._send(request.peer, request.answer(snapshot.step))
 
     def flush_failed(self, snapshot: SnapshotId, store: str, error: str, now_s: float) -> None:
         """A flush has failed; memory keeps the snapshot, and the next due one is tried."""
         self._now_s = now_s
-        self._flushing = None
         self._count("flush_errors")
-        self.state.last_error = error
-        if self.state.policy is not None and store == self.state.policy.store:
-            self._refused_flush = snapshot
+        self.state.last_error = error = error[: m.MAX_TEXT]
+        if store == self.state.own_store:
+            self._flushes.failed = (snapshot, error)
             if snapshot.epoch == self.state.epoch:
                 self._broadcast(m.FlushFailed(snapshot.step, error))
-        for request in [r for r in self._requests if r.store == store and r.target <= snapshot]:
-            self._requests.remove(request)
+        for request in self._flushes.ended(snapshot, store, self.state.is_live(snapshot)):
             self._refuse(request.peer, "StoreError", error)
 
     def tick(self, now_s: float) -> None:
         """Time has passed."""
         self._now_s = now_s
 
-    # --- epochs
+    def drain(self, now_s: float) -> None:
+        """The daemon itself is asked to end: it flushes the newest sealed snapshot first."""
+        self._now_s = now_s
+        self._draining = True
 
-    @property
-    def frozen(self) -> bool:
-        """A newer epoch is promised and has not begun: nothing is sealed, granted or freed."""
-        return self.state.epoch is None or (self.state.promised or self.state.epoch) > self.state.epoch
+    # --- epochs
 
     def _prepare(self, peer: int, message: m.Prepare) -> None:
         state = self.state
@@ -225,15 +204,20 @@ class NodeMachine:
         if state.promised is not None and message.epoch <= state.promised:
             self._refuse(peer, "DaemonError", f"epoch {message.epoch} is not above {state.promised}", state.promised)
             return
-        state.promised = message.epoch.check()
+        state.promised = message.epoch
+        self._quiet_since_s = None
         self._disconnect_members()
         self._send(peer, m.Promise([s.snapshot for s in state.table.sealed], state.records))
 
     def _begin(self, peer: int, message: m.Begin) -> None:
         state = self.state
-        if message.epoch != state.promised or not 1 <= message.world <= MAX_WORLD:
+        if message.epoch != state.promised:
             self._refuse(peer, "DaemonError", f"epoch {message.epoch} is not the promised one", state.promised)
             return
+        if message.world > MAX_WORLD:
+            self._refuse(peer, "ConfigError", f"{message.world} ranks on one node; at most {MAX_WORLD} are served")
+            return
+        self._quiet_since_s = None
         if state.epoch != message.epoch:
             self._adopt(message.epoch, message.world, message.restore_point, message.policy)
         record = state.records[-1]
@@ -245,63 +229,67 @@ class NodeMachine:
 
     def _adopt(self, epoch: Epoch, world: int, point: SnapshotId | None, policy: m.Policy) -> None:
         """The epoch begins here; what it neither restores nor flushes is freed."""
-        state = self.state
         self._disconnect_members()
-        state.promised = state.epoch = epoch
-        state.world, state.policy, state.restore_point = world, policy, point
-        state.records = [*state.records, EpochRecord(epoch, point)][-MAX_RECORDS:]
-        state.layouts, state.sizes = {}, {}
-        for granted in state.table.granted:
-            granted.dead = True
-        state.table.keep(self._pinned())
-        self._cadence = Cadence(policy, _step(point) or 0)
-        self._granted_step = 0
-        self._refused_flush = None
+        self._out += [Drop(slot) for slot in self.state.begin(epoch, world, point, policy)]
+        self.state.table.keep(self._pinned())
+        self._cadence = Cadence(policy, _step(point))
+        self._flushes.failed = None
+        newest = self.state.newest()
+        for request in self._flushes.retarget(None if newest is None else newest.snapshot):
+            self._send(request.peer, request.answer(None))
         self._start_survey()
 
     def _hello(self, peer: int, message: m.Hello, process: tuple[int, int] | None) -> None:
-        state = self.state
+        state, rank, instance = self.state, message.rank, message.instance
         if not self._compatible(peer, message.protocol, message.job):
             return
-        if state.epoch is None and message.epoch >= (state.promised or message.epoch):
-            self._adopt(message.epoch.check(), message.world, message.restore_point, message.policy)
-        if message.epoch != state.epoch or self.frozen or not 0 <= message.rank < state.world:
+        if message.world <= MAX_WORLD and self.state.is_unheard_of(message.epoch):
+            self._adopt(message.epoch, message.world, message.restore_point, message.policy)
+        if message.epoch != state.epoch or self.state.frozen or rank >= state.world:
             self._refuse(
-                peer, "DaemonError", f"rank {message.rank} of epoch {message.epoch} is not served here", state.promised
+                peer, "DaemonError", f"rank {rank} of epoch {message.epoch} is not served here", state.promised
             )
             return
-        older = self.members.get(message.rank)
-        if older is not None and older.peer is not None and older.peer != peer:
-            self._out.append(Disconnect(older.peer))
-        if older is None or older.instance != message.instance:
-            older = Member(peer, message.instance)
-        older.peer = peer
-        self.members[message.rank] = older
+        other, returns = self.members.of(peer), rank in state.instances
+        if state.instances.setdefault(rank, instance) != instance or (other is not None and other[0] != rank):
+            self._refuse(peer, "DaemonError", f"rank {rank} of epoch {message.epoch} is another process")
+            return
+        member = self.members.setdefault(rank, Member())
+        if member.peer not in (None, peer):
+            self._out.append(Disconnect(member.peer))
+        member.peer, member.wants = peer, None
+        state.left.discard(rank)
         if process is not None:
-            state.processes[message.instance] = process
+            state.processes[instance] = process
         self._quiet_since_s = None
-        self._welcome(peer, message.rank)
+        self._welcome(peer, rank, returns)
 
-    def _welcome(self, peer: int, rank: int) -> None:
+    def _welcome(self, peer: int, rank: int, returns: bool) -> None:
         """Tells a rank what is here and repeats what it may have missed."""
-        state = self.state
-        point = None if state.restore_point is None else state.table.holding(state.restore_point)
-        readable = () if point is None else tuple(point.slots[r] for r in sorted(point.slots))
-        slots = [slot for number in readable if (slot := state.table.get(number)) is not None]
-        infos = [m.SlotInfo(s.slot, s.rank, s.digest, s.size) for s in slots]
-        owned = [s.slot for s in state.table.slots if s.rank == rank and s.ready]
-        self._send(peer, m.Welcome(0, owned, infos), readable=readable)
-        if self.state.surveying and not self.members[rank].pieces:
+        state, failed = self.state, self._flushes.failed
+        self._out.append(repeats.welcome(state, peer, rank))
+        self._repeat_layout(peer, rank, returns)
+        for message in repeats.news(state, rank):
+            self._send(peer, message)
+        if failed is not None and failed[0].epoch == state.epoch:
+            self._send(peer, m.FlushFailed(failed[0].step, failed[1]))
+
+    def _repeat_layout(self, peer: int, rank: int, returns: bool) -> None:
+        """What a rank may have missed of a survey, or of what came out of it."""
+        state, member = self.state, self.members[rank]
+        if not state.surveying and len(state.layouts) < state.world:
+            self._start_survey()
+        elif state.surveying and not member.pieces:
             self._send(peer, m.Survey(state.generation))
-        for granted in state.table.granted:
-            if granted.epoch == state.epoch and rank in granted.silent:
-                message = m.Revoke(granted.grant) if granted.dead else m.Grant(granted.grant, granted.slots[rank])
-                self._send(peer, message)
-        newest = state.table.newest(state.epoch)
-        if newest is not None:
-            self._send(peer, m.Reached(newest.snapshot.step, Level.SEALED))
-        if state.durable is not None and state.durable.epoch == state.epoch:
-            self._send(peer, m.Reached(state.durable.step, Level.DURABLE))
+        elif state.surveying and self._planned and member.layout is None:
+            self._send(peer, m.Plan(state.generation), pieces=tuple(range(state.world)))
+        elif not state.surveying and returns:
+            again = repeats.allotted(state, peer, rank)
+            if again is not None:
+                self._out.append(again)
+            for slot in state.table.slots:  # its Ready may be lost; what it has not mapped yet it misses as "layout"
+                if slot.rank == rank and slot.ready:
+                    slot.owner = state.instances[rank]
 
     def _compatible(self, peer: int, protocol: int, job: str) -> bool:
         if protocol != m.PROTOCOL:
@@ -313,17 +301,21 @@ class NodeMachine:
         return False
 
     def _disconnect_members(self) -> None:
-        for member in self.members.values():
+        """Fences off the ranks of the epoch so far. Where no pid is visible, the end of its connection is the only sign
+        of a process's end, and is taken as such."""
+        for rank, member in self.members.items():
             if member.peer is not None:
                 self._out.append(Disconnect(member.peer))
-        self.members = {}
+            elif not self.state.is_visible(rank):
+                self.state.table.writer_ended(self.state.instances[rank])
+        self.members.clear()
 
     # --- outcomes of grants
 
     def _outcome(self, rank: int, message: m.Captured | m.Missed) -> None:
         epoch = self.state.epoch
         granted = None if epoch is None else self.state.table.find(epoch, message.grant)
-        if granted is None or granted.writers.get(rank) != self.members[rank].instance:
+        if granted is None or granted.writers.get(rank) != self.state.instances[rank]:
             return
         if isinstance(message, m.Captured):
             if granted.slots.get(rank) == message.slot:
@@ -331,31 +323,29 @@ class NodeMachine:
                 if rank == 0 and self._cadence is not None:
                     self._cadence.observe(message.stall_s, self.members[rank].step_s)
             return
-        if rank not in granted.outcome and not granted.dead:
+        first = rank not in granted.outcome and not granted.dead
+        self.state.table.answer(granted, rank, None)
+        if first:
             self._count(f"missed_{message.reason}")
             if message.reason == "late" and self._cadence is not None:
                 self._cadence.late()
             if message.reason == "layout":
                 self._start_survey()
-        self._kill(granted)
-        self.state.table.answer(granted, rank, None)
 
     def _kill(self, granted: Granted) -> None:
         """NotSealed: tells the writers that have not answered."""
-        if granted.dead:
-            return
         granted.dead = True
+        if granted.told:
+            return
+        granted.told = True
         self._count("skipped")
         for rank in granted.silent:
-            member = self.members.get(rank)
-            if member is not None and member.peer is not None:
-                self._send(member.peer, m.Revoke(granted.grant))
+            self._send_rank(rank, m.Revoke(granted.grant))
 
     # --- requests
 
     def _flush(self, peer: int, message: m.Flush) -> None:
-        store = message.to or (self.state.policy.store if self.state.policy else None)
-        newest = self.state.table.newest()
+        store, newest = message.to or self.state.own_store, self.state.newest()
         if store is None:
             self._refuse(peer, "ConfigError", f"job {self.state.job!r} has no store; name one")
         elif newest is None:
@@ -365,10 +355,8 @@ class NodeMachine:
 
     def _terminating(self, peer: int) -> None:
         """A rank got SIGTERM. Where another rank is already dead, a restart is under way and memory is enough."""
-        store = self.state.policy.store if self.state.policy else None
-        newest = self.state.table.newest(self.state.epoch)
-        broken = len(self.members) < self.state.world or any(member.left for member in self.members.values())
-        if store is None or newest is None or broken:
+        store, newest = self.state.own_store, self.state.newest()
+        if store is None or newest is None or self.state.left:
             self._send(peer, m.Drained(None))
         else:
             self._want_durable(peer, newest.snapshot, store, m.Drained)
@@ -376,19 +364,17 @@ class NodeMachine:
     def _want_durable(
         self, peer: int, target: SnapshotId, store: str, answer: Callable[[int | None], m.Message]
     ) -> None:
-        own = self.state.policy is not None and store == self.state.policy.store
-        if own and self.state.durable is not None and self.state.durable >= target:
+        if store == self.state.own_store and self.state.durable is not None and self.state.durable >= target:
             self._send(peer, answer(self.state.durable.step))
-            return
-        self._requests.append(FlushRequest(peer, target, store, answer))
-        self._refused_flush = None
+        else:
+            self._flushes.ask(Request(peer, target, store, answer))
 
     # --- what follows from the state: run after every event
 
     def _advance(self) -> None:
-        if not self.frozen:
-            self._seal()
+        if not self.state.frozen:
             self._break()
+            self._seal()
             self._free()
             self._plan()
             self._grant()
@@ -399,16 +385,13 @@ class NodeMachine:
         for sealed in list(self.state.table.seal()):
             if sealed.snapshot.epoch == self.state.epoch:
                 self._count("sealed")
-                for member in self.members.values():
-                    if member.wants is not None and member.wants <= sealed.snapshot.step:
-                        member.wants = None
+                self.members.satisfied(sealed.snapshot.step)
                 self._broadcast(m.Reached(sealed.snapshot.step, Level.SEALED))
 
     def _break(self) -> None:
         """A rank that has left or is dead never answers: what it was to capture is NotSealed."""
-        lost = {rank for rank, member in self.members.items() if member.left}
         for granted in self.state.table.granted:
-            if any(rank in lost for rank in granted.silent) and granted.epoch == self.state.epoch:
+            if granted.dead or (granted.epoch == self.state.epoch and self.state.left.intersection(granted.silent)):
                 self._kill(granted)
 
     def _pinned(self) -> set[SnapshotId]:
@@ -416,21 +399,22 @@ class NodeMachine:
         state = self.state
         newest = state.table.newest(state.epoch)
         pinned = {newest.snapshot} if newest else {state.restore_point} if state.restore_point else set()
-        if self._flushing is not None:
-            pinned.add(self._flushing.snapshot)
+        if self._flushes.running is not None:
+            pinned.add(self._flushes.running.snapshot)
         return pinned
 
     def _free(self) -> None:
         self.state.table.keep(self._pinned())
         if len(self.state.layouts) == self.state.world:
-            self._out += [Drop(slot) for slot in self.state.table.retire(self.state.layouts)]
+            self._out += [Drop(slot.slot) for slot in self.state.table.retire(self.state.layouts)]
 
     def _start_survey(self) -> None:
-        """The layout is unknown or has changed: ask every rank for its pieces."""
+        """The layout is unknown or has changed: ask every rank for its pieces. Nothing is captured by the old one."""
         self.state.generation += 1
         self.state.surveying, self._planned = True, False
-        for member in self.members.values():
-            member.pieces, member.layout = False, None
+        for granted in self.state.table.granted:
+            self._kill(granted)
+        self.members.forget_layouts()
         self._broadcast(m.Survey(self.state.generation))
 
     def _plan(self) -> None:
@@ -445,37 +429,39 @@ class NodeMachine:
             self._broadcast(m.Plan(self.state.generation), pieces=tuple(range(self.state.world)))
 
     def _allot(self, layouts: list[m.Layout]) -> None:
-        table, policy = self.state.table, self.state.policy
-        wanted = 3 if policy is not None and policy.store is not None else 2
-        reuse = [table.matching(r, layout.digest, layout.slot_bytes)[:wanted] for r, layout in enumerate(layouts)]
-
-        def needed(count: int) -> int:
-            return sum(max(0, count - len(old)) * lay.slot_bytes for old, lay in zip(reuse, layouts, strict=True))
-
-        count = next((c for c in range(wanted, 1, -1) if needed(c) <= self._available_bytes), 0)
-        self.state.surveying = self._planned = False
-        if count == 0:
-            text = (
-                f"snapshot memory: 2 slots for {len(layouts)} ranks need {needed(2)} more bytes, "
-                f"{self._available_bytes} are available on this node; free memory, raise the limit, or use fewer bytes"
-            )
-            self.state.last_error = text
-            self._broadcast(m.Refuse("ConfigError", text))
+        """Slots for all; idle ones that fit nobody make room first."""
+        state = self.state
+        state.surveying = self._planned = False
+        state.layouts = {rank: layout.digest for rank, layout in enumerate(layouts)}
+        state.sizes = {rank: layout.slot_bytes for rank, layout in enumerate(layouts)}
+        gone = state.table.retire(state.layouts)
+        self._out += [Drop(slot.slot) for slot in gone]
+        mapped = set(state.instances.values())
+        room = self._available_bytes + sum(slot.size for slot in gone if slot.ready and slot.owner not in mapped)
+        wanted = LEAST if self.state.own_store is None else WITH_STORE
+        assert state.epoch is not None, "ranks of an epoch have answered"
+        allotted = allot(state.table, state.epoch, layouts, wanted, room)
+        if allotted is None:
+            self._refuse_layouts(missing_bytes([[] for _ in layouts], layouts, LEAST), room)
             return
-        if count < wanted:
-            self.state.last_error = f"memory for {count} slots a rank instead of {wanted}: a flush stops snapshots"
-        for rank, layout in enumerate(layouts):
-            self.state.layouts[rank], self.state.sizes[rank] = layout.digest, layout.slot_bytes
-            kept = [slot.slot for slot in reuse[rank]]
-            made = [table.create(rank, layout.digest, layout.slot_bytes).slot for _ in range(count - len(kept))]
-            peer = self.members[rank].peer
-            if peer is not None:
-                self._send(peer, m.Allot(layout.generation, kept, made), slots=tuple(kept))
+        if len(allotted[0].reuse) + len(allotted[0].create) < wanted:
+            state.last_error = f"memory for {LEAST} slots a rank instead of {wanted}: a flush stops snapshots"
+        for rank, (reuse, create) in enumerate(allotted):
+            self._send_rank(rank, m.Allot(state.generation, reuse, create), slots=tuple(reuse))
+
+    def _refuse_layouts(self, needed: int, room: int) -> None:
+        state = self.state
+        state.layouts = {}
+        state.last_error = text = (
+            f"snapshot memory: {LEAST} slots for {state.world} ranks need {needed} bytes, {room} are available on this "
+            "node beside what holds snapshots; free memory, raise the limit, or use fewer bytes"
+        )
+        self._broadcast(m.Refuse("ConfigError", text))
 
     def _grant(self) -> None:
         state = self.state
-        present = [member for member in self.members.values() if member.peer is not None and not member.left]
-        if len(present) < state.world or any(member.closed for member in present) or self.state.surveying:
+        present = [member for _, member in self.members.present()]
+        if len(present) < state.world or state.left or state.closed or state.surveying or self._draining:
             return
         if len(state.layouts) < state.world or self._cadence is None:
             return
@@ -485,7 +471,7 @@ class NodeMachine:
             return
         boundary = max(member.boundary for member in present)
         while boundary >= 0:
-            step = self._cadence.next_step(boundary, self._granted_step)
+            step = self._cadence.next_step(boundary, state.granted_step)
             alive = [g for g in state.table.granted if not g.dead]
             if len(alive) >= PIPELINE or step > boundary + self._cadence.lead + 1 or not self._issue(step):
                 return
@@ -495,17 +481,17 @@ class NodeMachine:
         if len(wants) != 1:
             return
         (step,) = wants
-        assert step is not None and self.state.epoch is not None
+        assert step is not None
+        assert self.state.epoch is not None
         newest = self.state.table.newest(self.state.epoch)
         if newest is not None and newest.snapshot.step >= step:
-            for member in self.members.values():
-                member.wants = None
+            self.members.satisfied(step)
             self._broadcast(m.Reached(newest.snapshot.step, Level.SEALED))
             return
         for granted in self.state.table.granted:
             if granted.step is None and granted.grant != step:
                 self._kill(granted)
-        if self.state.table.find(self.state.epoch, step) is None:
+        if not any(granted.step == step or granted.grant == step for granted in self.state.table.granted):
             self._issue(step)
 
     def _issue(self, step: int) -> bool:
@@ -514,61 +500,60 @@ class NodeMachine:
         assert state.epoch is not None
         slots: dict[int, int] = {}
         for rank in range(state.world):
-            free = state.table.free(rank, state.layouts[rank])
+            free = state.table.free(rank, state.layouts[rank], state.instances[rank])
             if not free:
                 return False
             slots[rank] = free[0]
-        writers = {rank: member.instance for rank, member in self.members.items()}
-        state.table.granted.append(Granted(state.epoch, step, slots, writers))
-        self._granted_step = max(self._granted_step, step)
+        state.table.granted.append(Granted(state.epoch, step, slots, dict(state.instances)))
+        state.granted_step = max(state.granted_step, step)
         for rank, slot in slots.items():
-            peer = self.members[rank].peer
-            if peer is not None:
-                self._send(peer, m.Grant(step, slot))
+            self._send_rank(rank, m.Grant(step, slot))
         return True
 
     def _start_flush(self) -> None:
-        if self._flushing is not None:
-            return
-        policy, table = self.state.policy, self.state.table
-        newest = table.newest()
+        newest, policy = self.state.newest(), self.state.policy
         if newest is None:
             return
-        own = policy.store if policy is not None else None
-        store = self._requests[0].store if self._requests else own
-        if store is None or not (self._requests or self._due(newest.snapshot)):
-            return
-        slots = tuple(newest.slots[rank] for rank in sorted(newest.slots))
-        self._flushing = StartFlush(newest.snapshot, slots, store, policy.keep if policy and store == own else None)
-        if self._cadence is not None and store == own:
-            self._cadence.flushed(newest.snapshot.step, self._now_s)
-        self._out.append(self._flushing)
+        keep = None if policy is None else policy.keep
+        started = self._flushes.start(newest, self.state.own_store, self._due(newest.snapshot), keep)
+        if started is not None:
+            if self._cadence is not None and started.store == self.state.own_store:
+                self._cadence.flushed(newest.snapshot.step, self._now_s)
+            self._out.append(started)
 
     def _due(self, snapshot: SnapshotId) -> bool:
         """Whether the newest sealed snapshot should be flushed without being asked."""
-        if snapshot == self._refused_flush or (self.state.durable is not None and self.state.durable >= snapshot):
+        failed, durable = self._flushes.failed, self.state.durable
+        if (failed is not None and failed[0] == snapshot) or (durable is not None and durable >= snapshot):
             return False
-        if snapshot.epoch != self.state.epoch or self._cadence is None:
-            return False
-        return self._abandoned or self._cadence.flush_due(snapshot.step, self._now_s)
+        if self._draining or self._abandoned:
+            return True
+        cadence = self._cadence
+        return (
+            snapshot.epoch == self.state.epoch and cadence is not None and cadence.flush_due(snapshot.step, self._now_s)
+        )
 
     @property
     def _abandoned(self) -> bool:
-        """The epoch has begun here, and every rank is dead or has left without closing."""
-        left = {member.instance for member in self.members.values() if member.left}
-        gone = all(member.left or member.peer is None for member in self.members.values())
-        return self.state.epoch is not None and gone and left.issuperset(self.state.processes)
+        """The epoch has begun here, and every rank that joined is dead or has left without closing."""
+        joined = self.state.instances
+        return bool(joined) and all(
+            rank in self.state.left or not (self.state.is_visible(rank) or self.members.peer(rank) is not None)
+            for rank in joined
+        )
 
     def _settle(self) -> None:
         """Leave when the job is closed, or when nobody has come for too long."""
-        if self._flushing is not None or self._requests:
+        if self._flushes.running is not None or self._flushes.requests:
             return
-        members = self.members.values()
-        if self.state.world and len(members) == self.state.world and all(member.closed for member in members):
+        if self._draining:
+            self._out.append(Exit("asked to end by a signal"))
+            return
+        if self.state.world and len(self.state.closed) == self.state.world:
             self._broadcast(m.Closed())
             self._out.append(Exit("the job has closed"))
             return
-        if any(member.peer is not None for member in members):
+        if any(self.members.present()):
             self._quiet_since_s = None
             return
         if self._quiet_since_s is None:
@@ -580,19 +565,9 @@ class NodeMachine:
 
     def report(self) -> dict[str, Any]:
         """What `ckptd status` shows; JSON-able."""
-        ranks = [
-            {
-                "rank": rank,
-                "pid": self.state.processes.get(member.instance, (0, 0))[0],
-                "alive": member.instance in self.state.processes,
-                "connected": member.peer is not None,
-                "step": member.boundary if member.boundary >= 0 else None,
-            }
-            for rank, member in sorted(self.members.items())
-        ]
+        connected = {rank: member.boundary for rank, member in self.members.present()}
         return {
-            **describe(self.state),
-            "ranks": ranks,
+            **describe(self.state, connected),
             "interval": self._cadence.interval if self._cadence else None,
             "lingering_s": None if self._quiet_since_s is None else self._now_s - self._quiet_since_s,
         }
@@ -601,26 +576,24 @@ class NodeMachine:
     def _linger_s(self) -> float:
         return IDLE_S if self.state.policy is None else self.state.policy.linger_s
 
-    def _member_of(self, peer: int) -> tuple[int, Member] | None:
-        return next(((rank, member) for rank, member in self.members.items() if member.peer == peer), None)
-
     def _count(self, name: str) -> None:
         self.state.counters[name] = self.state.counters.get(name, 0) + 1
 
     def _send(self, peer: int, message: m.Message, **descriptors: Any) -> None:
         self._out.append(Send(peer, message, **descriptors))
 
+    def _send_rank(self, rank: int, message: m.Message, **descriptors: Any) -> None:
+        peer = self.members.peer(rank)
+        if peer is not None:  # a rank that is away is told when it comes back
+            self._send(peer, message, **descriptors)
+
     def _refuse(self, peer: int, error: str, text: str, promised: Epoch | None = None) -> None:
-        self._send(peer, m.Refuse(error, text, promised))
+        self._send(peer, m.Refuse(error, text[: m.MAX_TEXT], promised))
 
     def _broadcast(self, message: m.Message, **descriptors: Any) -> None:
-        for _, member in self._present():
-            assert member.peer is not None
-            self._send(member.peer, message, **descriptors)
-
-    def _present(self) -> Iterator[tuple[int, Member]]:
-        return ((rank, member) for rank, member in sorted(self.members.items()) if member.peer is not None)
+        for rank, _ in self.members.present():
+            self._send_rank(rank, message, **descriptors)
 
 
-def _step(snapshot: SnapshotId | None) -> int | None:
-    return None if snapshot is None else snapshot.step
+def _step(snapshot: SnapshotId | None) -> int:
+    return 0 if snapshot is None else snapshot.step

@@ -1,16 +1,18 @@
 """Slots and the snapshots in them: which slot is free, granted, held or quarantined. Pure bookkeeping.
 
-Rules (PROTOCOL section 2 as docs/protocol.md states it):
-- A slot is handed out only when free: allocated, in no sealed snapshot that must be kept, in no granted snapshot.
+Rules (docs/protocol.md, "Slots"):
+- A slot is handed out only when free: mapped by the process that will write it, in no sealed snapshot that is kept, in
+  no granted snapshot.
 - A granted snapshot ends in exactly one way: every writer captured the same step (sealed), or it is dead. A dead one
   keeps the slots of those writers that have not answered yet, since they may still be writing, until they answer or
-  their process has ended.
+  their process has ended (quarantine).
 - The newest sealed snapshot, the one being flushed and a pinned restore point are kept; all older ones are freed.
+- Numbers of slots and, within an epoch, of grants by cadence are never used twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import msgspec
 
@@ -18,17 +20,21 @@ from ckptd.core.types import Epoch, SnapshotId
 
 
 class Slot(msgspec.Struct):
-    """One memory slot of a rank. `ready`: allocated, and its descriptor is here."""
+    """One memory slot of a rank. `ready`: allocated, and its descriptor is here. `owner`: the trainer process that has
+    it mapped for writing. `surplus`: given to nobody any more, and dropped once idle."""
 
     slot: int
     rank: int
     digest: str
     size: int
     ready: bool = False
+    owner: str | None = None
+    surplus: bool = False
 
 
 class Granted(msgspec.Struct):
-    """A snapshot in the making: `grant` names it until its step is known. `outcome`: rank -> captured or not."""
+    """A snapshot in the making: `grant` names it until its step is known. `outcome`: rank -> captured or not. `dead`:
+    it will never be sealed; `told`: so its writers were told."""
 
     epoch: Epoch
     grant: int
@@ -37,6 +43,7 @@ class Granted(msgspec.Struct):
     step: int | None = None
     outcome: dict[int, bool] = {}
     dead: bool = False
+    told: bool = False
 
     @property
     def complete(self) -> bool:
@@ -57,7 +64,8 @@ class Sealed(msgspec.Struct):
 
 
 class SlotTable(msgspec.Struct):
-    """All slots of a node, and what is in them. Plain data: it is what survives the daemon."""
+    """All slots of a node, and what is in them. Plain data: it is what survives the daemon. `numbered`: the last number
+    given; an arena that takes the place of a lost one starts where no trainer can know a number."""
 
     slots: list[Slot] = []
     granted: list[Granted] = []
@@ -74,9 +82,15 @@ class SlotTable(msgspec.Struct):
         """The slot of that number."""
         return next((slot for slot in self.slots if slot.slot == number), None)
 
-    def matching(self, rank: int, digest: str, size: int) -> list[Slot]:
-        """Ready slots of a rank that fit a layout, whatever is in them."""
-        return [s for s in self.slots if s.ready and (s.rank, s.digest, s.size) == (rank, digest, size)]
+    def matching(self, rank: int, digest: str, size: int, epoch: Epoch) -> list[Slot]:
+        """Slots of a rank that fit a layout, ready or in the making, whatever is in them; quarantined ones last."""
+        quarantined = self.quarantined(epoch)
+        found = [s for s in self.slots if (s.rank, s.digest, s.size, s.surplus) == (rank, digest, size, False)]
+        return sorted(found, key=lambda slot: slot.slot in quarantined)
+
+    def quarantined(self, epoch: Epoch) -> set[int]:
+        """Slots that a process of another epoch may still be writing to; nobody knows for how long."""
+        return {g.slots[rank] for g in self.granted if g.epoch != epoch for rank in g.silent}
 
     def busy(self) -> set[int]:
         """Slots that hold something or may be written to."""
@@ -86,10 +100,15 @@ class SlotTable(msgspec.Struct):
             used |= {granted.slots[rank] for rank in ranks}
         return used
 
-    def free(self, rank: int, digest: str) -> list[int]:
-        """Slots of a rank that may be granted for a layout."""
+    def free(self, rank: int, digest: str, owner: str) -> list[int]:
+        """Slots that a rank's process has mapped and that may be granted for a layout."""
         busy = self.busy()
-        return [s.slot for s in self.slots if s.ready and s.rank == rank and s.digest == digest and s.slot not in busy]
+        return [
+            s.slot
+            for s in self.slots
+            if (s.ready, s.rank, s.digest, s.owner, s.surplus) == (True, rank, digest, owner, False)
+            and s.slot not in busy
+        ]
 
     def find(self, epoch: Epoch, grant: int) -> Granted | None:
         """The snapshot granted under that number."""
@@ -124,12 +143,15 @@ class SlotTable(msgspec.Struct):
                 self.answer(granted, rank, None)
 
     def seal(self) -> Iterator[Sealed]:
-        """Moves complete snapshots to the sealed ones and yields them; forgets dead ones that all have answered."""
+        """Moves complete snapshots to the sealed ones and yields them; forgets dead ones that all have answered. A step
+        is sealed once: a second snapshot of it is forgotten."""
         for granted in list(self.granted):
             if granted.complete and granted.step is not None:
                 self.granted.remove(granted)
-                self.sealed.append(Sealed(SnapshotId(granted.epoch, granted.step), granted.slots))
-                yield self.sealed[-1]
+                sealed = Sealed(SnapshotId(granted.epoch, granted.step), granted.slots)
+                if self.holding(sealed.snapshot) is None:
+                    self.sealed.append(sealed)
+                    yield sealed
             elif granted.dead and not granted.silent:
                 self.granted.remove(granted)
 
@@ -137,9 +159,9 @@ class SlotTable(msgspec.Struct):
         """Frees the slots of every sealed snapshot that is not named."""
         self.sealed = [s for s in self.sealed if s.snapshot in snapshots]
 
-    def retire(self, layouts: dict[int, str]) -> list[int]:
-        """Removes idle slots that fit no rank's current layout, and returns their numbers."""
+    def retire(self, layouts: Mapping[int, str]) -> list[Slot]:
+        """Removes idle slots that are surplus or fit no rank's current layout, and returns them."""
         busy = self.busy()
-        gone = [s.slot for s in self.slots if s.slot not in busy and layouts.get(s.rank) != s.digest]
-        self.slots = [s for s in self.slots if s.slot not in gone]
+        gone = [s for s in self.slots if s.slot not in busy and (s.surplus or layouts.get(s.rank) != s.digest)]
+        self.slots = [s for s in self.slots if s not in gone]
         return gone
