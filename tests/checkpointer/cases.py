@@ -87,7 +87,7 @@ def lbfgs() -> Case:
 
 
 def scaler() -> Case:
-    """The scale grows until gradients overflow: some steps are skipped by the scaler, so some boundaries have no update."""
+    """The scale grows until gradients overflow: the scaler skips steps, and some boundaries have no update."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     grads = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=3)
@@ -176,7 +176,7 @@ def loader(kind: type[Numbers] = Numbers) -> Case:
 
 
 def accumulation() -> Case:
-    """An optimizer step in every third step. What is accumulated is in no snapshot: one is taken where it is used up."""
+    """An optimizer step in every third step. Gradients are in no snapshot: one is taken where they are used up."""
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     progress = {"steps": 0}
