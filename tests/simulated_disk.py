@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from ckptd.core.errors import CkptdError, CorruptionError, FormatError, NotFoundError, StoreError
-from ckptd.tiers.store.disk import Entry, Path
+from ckptd.tiers.store.backend import Entry, Path
 
 PIECES = 3
 """Unsynced contents of a file are kept or lost in so many pieces."""

@@ -16,6 +16,7 @@ from ckptd.core.errors import CkptdError, FormatError, StoreError
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import SnapshotId
 from ckptd.tiers.store import Store
+from ckptd.tiers.store.files import FileBackEnd
 from tests.simulated_disk import Operation, SimulatedDisk
 from tests.store.samples import JOB, Memory, Tensors, equal, identity, read, shared_objects, split, tensors, write
 
@@ -38,7 +39,7 @@ class Witness:
 
     def __init__(self) -> None:
         self.disk = SimulatedDisk()
-        self.store = Store(self.disk, "simulated")
+        self.store = Store(FileBackEnd(self.disk), "simulated")
         self.must: set[SnapshotId] = set()
         self.may: set[SnapshotId] = set()
         self.records: set[EpochRecord] = set()
@@ -63,7 +64,7 @@ class Witness:
                 self._check_crashed(crashed)
 
     def _check_crashed(self, crashed: SimulatedDisk) -> None:
-        store = Store(crashed, "crashed")
+        store = Store(FileBackEnd(crashed), "crashed")
         found = set(store.checkpoints())
         if not self.must <= found <= self.may:
             raise LostError(f"promised {self.must}, possible {self.may}, found {found}")
@@ -96,7 +97,11 @@ class Witness:
         root = self.store.writer(name, JOB)
         parts = []
         for number, share in enumerate(split(CONTENTS[name], writers)):
-            on_node = Store(self.disk.on_node(number), "simulated").writer(name, JOB, joined=True) if number else root
+            on_node = (
+                Store(FileBackEnd(self.disk.on_node(number)), "simulated").writer(name, JOB, joined=True)
+                if number
+                else root
+            )
             memory = Memory(share, writer=number)
             parts.append(on_node.part(number).write(memory.catalog, memory.read))
         root.commit(parts, shared_objects(name.step))
@@ -202,7 +207,7 @@ def test_leaving_out_any_sync_or_rename_is_noticed(scenario: Scenario, left_out:
 
 def _all_operations(writers: int) -> list[Operation]:
     disk = SimulatedDisk()
-    store = Store(disk, "simulated")
+    store = Store(FileBackEnd(disk), "simulated")
     write(store, OLD, CONTENTS[OLD])
     operations: list[Operation] = []
     disk.after = operations.append

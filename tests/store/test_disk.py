@@ -9,8 +9,9 @@ from pathlib import Path as LocalPath
 import pytest
 
 from ckptd.core.errors import CorruptionError, FormatError, NotFoundError, StoreError
-from ckptd.tiers.store.disk import Disk, Entry, OutputFile
-from ckptd.tiers.store.files import discard_file, publish_file, read_file, remove_tree, write_file
+from ckptd.tiers.store.backend import Entry, OutputFile
+from ckptd.tiers.store.disk import Disk
+from ckptd.tiers.store.files import discard_file, read_file, remove_tree, write_file
 from ckptd.tiers.store.posix import STAGING_BYTES, PosixDisk, open_root
 from tests.simulated_disk import SimulatedDisk
 
@@ -96,11 +97,11 @@ def test_reading_past_the_end_is_corruption(disk: Disk) -> None:
         read_file(disk, ("file",), 4)
 
 
-def test_publishing_replaces_and_removing_takes_everything(disk: Disk) -> None:
+def test_renaming_replaces_and_removing_takes_everything(disk: Disk) -> None:
     disk.make_directory(("tree",))
-    write_file(disk, ("tree", "new"), b"leftover")
     for content in (b"one", b"two"):
-        publish_file(disk, ("tree", "new"), ("tree", "file"), content)
+        write_file(disk, ("tree", "new"), content)
+        disk.rename(("tree", "new"), ("tree", "file"))
         assert read_file(disk, ("tree", "file"), 3) == content
     assert disk.list_directory(("tree",)) == [Entry("file", False)]
     discard_file(disk, ("tree", "missing"))

@@ -307,7 +307,7 @@ def test_uris(tmp_path: Path) -> None:
     assert Store.open(tmp_path / "link" / "run").uri == store.uri
     with pytest.raises(NotFoundError):
         Store.open(tmp_path / "none")
-    for wrong in ("ftp://host/path", "file://host/path", ""):
+    for wrong in ("nonsense://host/path", "file://host/path", ""):
         with pytest.raises(ConfigError):
             Store.open(wrong)
 

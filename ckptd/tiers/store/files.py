@@ -1,16 +1,60 @@
-"""Small whole files and whole trees, in terms of a Disk: write durably, publish by renaming, read with a limit, remove.
+"""The back end of files: small whole files, names given late, and whole trees, in terms of a Disk.
 
-Works the same on the real and the simulated disk; decides no order beyond that of one file.
+Works the same on the real and the simulated disk. Decides no order beyond that of one file: the writer does.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 from ckptd.core.errors import FormatError, NotFoundError
-from ckptd.tiers.store.disk import Disk, Path
+from ckptd.tiers.store.backend import Entry, InputFile, OutputFile, Path, Readable
+from ckptd.tiers.store.disk import Disk
 
 _MAX_DEPTH = 8
+
+
+class FileBackEnd:
+    """See `BackEnd`. A file has its name at once, and is durable once it and its directory are synced."""
+
+    parallel = 1
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+
+    def describe(self, path: Path) -> str:
+        return self._disk.describe(path)
+
+    def make_directory(self, path: Path, *, exist_ok: bool = False) -> None:
+        if exist_ok and any(e.name == path[-1] and e.is_directory for e in self._disk.list_directory(path[:-1])):
+            return
+        self._disk.make_directory(path)
+
+    def create(self, path: Path) -> OutputFile:
+        return self._disk.create(path, large=True)
+
+    def write(self, path: Path, data: bytes) -> None:
+        write_file(self._disk, path, data)
+
+    def prepare(self, path: Path, temporary: Path, data: bytes) -> Callable[[], None]:
+        write_file(self._disk, temporary, data)
+        return lambda: self._disk.rename(temporary, path)
+
+    def settle(self, path: Path) -> None:
+        self._disk.sync_directory(path)
+
+    def open(self, path: Path) -> InputFile:
+        return self._disk.open(path)
+
+    def list(self, path: Path) -> list[Entry]:
+        return self._disk.list_directory(path)
+
+    def discard(self, path: Path) -> None:
+        discard_file(self._disk, path)
+
+    def remove_tree(self, path: Path) -> None:
+        remove_tree(self._disk, path)
 
 
 def write_file(disk: Disk, path: Path, data: bytes) -> None:
@@ -20,18 +64,11 @@ def write_file(disk: Disk, path: Path, data: bytes) -> None:
         file.sync()
 
 
-def publish_file(disk: Disk, temporary: Path, path: Path, data: bytes) -> None:
-    """A new file that has its whole contents from the moment it has its name. A leftover `temporary` is replaced."""
-    discard_file(disk, temporary)
-    write_file(disk, temporary, data)
-    disk.rename(temporary, path)
-
-
-def read_file(disk: Disk, path: Path, limit: int) -> bytes:
+def read_file(place: Readable, path: Path, limit: int) -> bytes:
     """The contents of a file of at most `limit` bytes; a longer one is a FormatError before anything is allocated."""
-    with contextlib.closing(disk.open(path)) as file:
+    with contextlib.closing(place.open(path)) as file:
         if file.size > limit:
-            raise FormatError(f"{disk.describe(path)}: {file.size} bytes; expected at most {limit}")
+            raise FormatError(f"{place.describe(path)}: {file.size} bytes; expected at most {limit}")
         data = bytearray(file.size)
         file.read_into(0, memoryview(data))
     return bytes(data)
@@ -41,12 +78,6 @@ def discard_file(disk: Disk, path: Path) -> None:
     """Removes a file, if it is there."""
     with contextlib.suppress(NotFoundError):
         disk.unlink(path)
-
-
-def make_directory(disk: Disk, path: Path) -> None:
-    """Creates a directory, unless it is there."""
-    if not any(entry.name == path[-1] and entry.is_directory for entry in disk.list_directory(path[:-1])):
-        disk.make_directory(path)
 
 
 def remove_tree(disk: Disk, path: Path, depth: int = 0) -> None:

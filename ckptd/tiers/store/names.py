@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from ckptd.core.types import Epoch, SnapshotId
-from ckptd.tiers.store.disk import Path
+from ckptd.tiers.store.backend import Path
 
 COMMIT = "COMMIT"
 COMMIT_TEMPORARY = "COMMIT.tmp"

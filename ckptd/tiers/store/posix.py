@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator
 
 from ckptd.core.errors import CorruptionError, FormatError, NotFoundError, StoreError
-from ckptd.tiers.store.disk import Entry, Path
+from ckptd.tiers.store.backend import Entry, Path
 
 BLOCK_BYTES = 4096
 STAGING_BYTES = 8 * 1024 * 1024

@@ -26,7 +26,7 @@ from ckptd.format.layout import check_layout
 from ckptd.format.manifest import from_parquet
 from ckptd.format.objects import MAX_OBJECTS_BYTES, unpack_table
 from ckptd.tiers.store import names
-from ckptd.tiers.store.disk import Disk, InputFile, Path
+from ckptd.tiers.store.backend import BackEnd, InputFile, Path, for_each
 from ckptd.tiers.store.files import read_file
 
 MAX_PART_BYTES = 2**31
@@ -37,29 +37,29 @@ _OPEN_FILES = 256
 _BATCH_ROWS = 64
 
 
-def read_commit(disk: Disk, directory: str) -> Commit:
+def read_commit(back_end: BackEnd, directory: str) -> Commit:
     """COMMIT of a checkpoint's directory. NotFoundError if there is none; FormatError, VersionError if not valid."""
     path = (directory, names.COMMIT)
     try:
-        commit = decode_commit(read_file(disk, path, MAX_COMMIT_BYTES))
+        commit = decode_commit(read_file(back_end, path, MAX_COMMIT_BYTES))
     except CkptdError as error:
         # Errors of the disk name the path already.
-        if isinstance(error, NotFoundError) or str(error).startswith(disk.describe(path)):
+        if isinstance(error, NotFoundError) or str(error).startswith(back_end.describe(path)):
             raise
-        raise type(error)(f"{disk.describe((directory,))}: {error}") from None
+        raise type(error)(f"{back_end.describe((directory,))}: {error}") from None
     named = names.parse_checkpoint(directory)
     if named is not None and named != commit.id:
-        raise FormatError(f"{disk.describe(path)}: is of {commit.id}; the directory was renamed, or COMMIT copied")
+        raise FormatError(f"{back_end.describe(path)}: is of {commit.id}; the directory was renamed, or COMMIT copied")
     return commit
 
 
 class StoredCheckpoint:
     """A committed checkpoint. Keeps data files open; a context manager, or closed when it is no longer used."""
 
-    def __init__(self, disk: Disk, directory: str) -> None:
-        self._disk = disk
+    def __init__(self, back_end: BackEnd, directory: str) -> None:
+        self._back_end = back_end
         self._directory = directory
-        self.commit = read_commit(disk, directory)
+        self.commit = read_commit(back_end, directory)
         self._catalog: Catalog | None = None
         self._files: dict[tuple[int, int], InputFile] = {}
         self._parts = {part.writer: part for part in self.commit.parts}
@@ -77,12 +77,12 @@ class StoredCheckpoint:
     @property
     def location(self) -> str:
         """Where it is, for messages."""
-        return self._disk.describe((self._directory,))
+        return self._back_end.describe((self._directory,))
 
     @property
     def committed_at(self) -> float:
         """When it was committed, in seconds since 1970, as the file system remembers: for people, not for decisions."""
-        with contextlib.closing(self._disk.open((self._directory, names.COMMIT))) as file:
+        with contextlib.closing(self._back_end.open((self._directory, names.COMMIT))) as file:
             return file.modified
 
     def __enter__(self) -> StoredCheckpoint:
@@ -102,10 +102,9 @@ class StoredCheckpoint:
         """All its chunks, parsed once; the lengths of all data files are checked against COMMIT."""
         with self._lock:
             if self._catalog is None:
-                for part in self.commit.parts:
-                    for number in range(len(part.data)):
-                        self._check_length(part, number)
-                self._catalog = Catalog.merge([self._part(part) for part in self.commit.parts])
+                files = [(part, number) for part in self.commit.parts for number in range(len(part.data))]
+                for_each(self._back_end, lambda file: self._check_length(*file), files)
+                self._catalog = Catalog.merge(self._catalogs())
             return self._catalog
 
     def objects(self) -> dict[str, bytes]:
@@ -131,7 +130,7 @@ class StoredCheckpoint:
         place = (int(catalog.writer[row]), int(catalog.file[row]))
         codec, offset = int(catalog.codec[row]), int(catalog.file_offset[row])
         info = catalog.tensors[catalog.tensor[row]]
-        described = self._disk.describe(names.data_file(self._directory, *place))
+        described = self._back_end.describe(names.data_file(self._directory, *place))
         with self._data_file(place) as file:
             if codec == RAW:
                 file.read_into(offset, target)
@@ -157,21 +156,35 @@ class StoredCheckpoint:
         with ThreadPoolExecutor(threads, thread_name_prefix="ckptd-verify") as executor:
             return _Verification(self, executor, progress).run()
 
-    def _part(self, part: Part) -> Catalog:
+    def _catalogs(self) -> list[Catalog]:
+        """Those of all parts. Some are fetched at a time, one is parsed at a time: parsing takes memory."""
+        found, at_once = [], self._back_end.parallel
+        for first in range(0, len(self.commit.parts), at_once):
+            parts = self.commit.parts[first : first + at_once]
+            fetched = for_each(self._back_end, self._manifest, parts)
+            found += [self._parsed(part, data) for part, data in zip(parts, fetched, strict=True)]
+        return found
+
+    def _manifest(self, part: Part) -> bytes:
         path = names.manifest_part(self._directory, part.writer)
-        data = self._listed(path, part.size, part.sha256, MAX_PART_BYTES)
-        with self._naming(path):
+        return self._listed(path, part.size, part.sha256, MAX_PART_BYTES)
+
+    def _part(self, part: Part) -> Catalog:
+        return self._parsed(part, self._manifest(part))
+
+    def _parsed(self, part: Part, data: bytes) -> Catalog:
+        with self._naming(names.manifest_part(self._directory, part.writer)):
             catalog = from_parquet(data, part.rows)
             check_layout(catalog, part.writer, part.data)
             return catalog
 
     def _listed(self, path: Path, size: int, sha256: str, limit: int) -> bytes:
         """The contents of a file that COMMIT lists, once size and digest are right."""
-        described = self._disk.describe(path)
+        described = self._back_end.describe(path)
         if size > limit:
             raise FormatError(f"{described}: COMMIT says {size} bytes; expected at most {limit}")
         try:
-            data = read_file(self._disk, path, size)
+            data = read_file(self._back_end, path, size)
         except NotFoundError as error:
             raise CorruptionError(f"{error}; COMMIT lists it") from None
         if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
@@ -183,12 +196,12 @@ class StoredCheckpoint:
         with contextlib.closing(self._open(path)) as file:
             if file.size != part.data[number]:
                 raise CorruptionError(
-                    f"{self._disk.describe(path)}: expected {part.data[number]} bytes, found {file.size}"
+                    f"{self._back_end.describe(path)}: expected {part.data[number]} bytes, found {file.size}"
                 )
 
     def _open(self, path: Path) -> InputFile:
         try:
-            return self._disk.open(path)
+            return self._back_end.open(path)
         except NotFoundError as error:
             raise CorruptionError(f"{error}; COMMIT lists it") from None
 
@@ -217,7 +230,7 @@ class StoredCheckpoint:
         try:
             yield
         except FormatError as error:
-            raise type(error)(f"{self._disk.describe(path)}: {error}") from None
+            raise type(error)(f"{self._back_end.describe(path)}: {error}") from None
 
 
 class _Verification:

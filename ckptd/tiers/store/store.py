@@ -11,17 +11,18 @@ import os
 import re
 import secrets
 import threading
-import urllib.parse
 from collections.abc import Collection
 
 from ckptd.core import lineage
 from ckptd.core.errors import CkptdError, ConfigError, FormatError, NotFoundError, StoreError, VersionError
 from ckptd.core.lineage import EpochRecord
-from ckptd.core.types import SnapshotId
+from ckptd.core.types import Epoch, SnapshotId
 from ckptd.format.commit import MAX_RECORD_BYTES, decode_record, encode_record
 from ckptd.tiers.store import names
-from ckptd.tiers.store.disk import Disk, Path
-from ckptd.tiers.store.files import discard_file, make_directory, publish_file, read_file, remove_tree, write_file
+from ckptd.tiers.store.backend import BackEnd, Entry, Path, for_each
+from ckptd.tiers.store.files import FileBackEnd, read_file
+from ckptd.tiers.store.location import Location, parse
+from ckptd.tiers.store.object_store import open_objects
 from ckptd.tiers.store.posix import open_root
 from ckptd.tiers.store.reader import StoredCheckpoint, read_commit
 from ckptd.tiers.store.writer import CheckpointWriter
@@ -30,19 +31,19 @@ _TOKEN = re.compile(r"[0-9a-f]{16}")
 
 
 class Store:
-    """Checkpoints on one disk."""
+    """Checkpoints in one place."""
 
-    def __init__(self, disk: Disk, uri: str) -> None:
+    def __init__(self, back_end: BackEnd, uri: str) -> None:
         self.uri = uri
-        self._disk = disk
+        self._back_end = back_end
         self._in_doubt: set[SnapshotId] = set()
         self._lock = threading.Lock()
 
     @classmethod
     def open(cls, uri: str | os.PathLike[str], *, create: bool = False) -> Store:
-        """The store at a path or file:// URI. NotFoundError if it does not exist; `create` makes it, with parents."""
-        path = _local_path(uri)
-        return cls(open_root(path, create), path)
+        """The store at a path or URI. NotFoundError if it does not exist; `create` makes it, with parents."""
+        location = parse(uri)
+        return cls(_open(location, create), location.uri)
 
     def probe(self) -> None:
         """Proves that the store can be written and read back; StoreError says why not."""
@@ -56,18 +57,18 @@ class Store:
 
     def leave_token(self, nonce: str) -> None:
         """Leaves a small file by which other nodes recognise the same store; `nonce` is 16 hex digits."""
-        write_file(self._disk, self._token(nonce), nonce.encode())
+        self._back_end.write(self._token(nonce), nonce.encode())
 
     def has_token(self, nonce: str) -> bool:
         """Whether a token left anywhere is seen here."""
         try:
-            return read_file(self._disk, self._token(nonce), 16) == nonce.encode()
+            return read_file(self._back_end, self._token(nonce), 16) == nonce.encode()
         except NotFoundError:
             return False
 
     def remove_token(self, nonce: str) -> None:
         """Removes a token, if it is there."""
-        discard_file(self._disk, self._token(nonce))
+        self._back_end.discard(self._token(nonce))
 
     def _token(self, nonce: str) -> Path:
         if _TOKEN.fullmatch(nonce) is None:
@@ -77,29 +78,31 @@ class Store:
     def records(self) -> list[EpochRecord]:
         """Epoch records, by rising epoch. A damaged one is an error: without it a dead branch could win."""
         try:
-            entries = self._disk.list_directory((names.EPOCHS,))
+            entries = self._back_end.list((names.EPOCHS,))
         except NotFoundError:
             return []
-        found = []
-        for epoch in sorted(filter(None, (names.parse_record(entry.name) for entry in entries))):
-            path = names.record(epoch)
-            try:
-                record = decode_record(read_file(self._disk, path, MAX_RECORD_BYTES))
-            except (FormatError, VersionError) as error:
-                raise type(error)(f"{self._disk.describe(path)}: {error}") from None
-            if record.epoch != epoch:
-                raise FormatError(f"{self._disk.describe(path)}: is the record of epoch {record.epoch}")
-            found.append(record)
-        return found
+        epochs = sorted(filter(None, (names.parse_record(entry.name) for entry in entries)))
+        return for_each(self._back_end, self._record, epochs)
+
+    def _record(self, epoch: Epoch) -> EpochRecord:
+        path = names.record(epoch)
+        try:
+            record = decode_record(read_file(self._back_end, path, MAX_RECORD_BYTES))
+        except (FormatError, VersionError) as error:
+            raise type(error)(f"{self._back_end.describe(path)}: {error}") from None
+        if record.epoch != epoch:
+            raise FormatError(f"{self._back_end.describe(path)}: is the record of epoch {record.epoch}")
+        return record
 
     def write_record(self, record: EpochRecord) -> None:
         """Writes the record of an epoch that begins, durably."""
         record.epoch.check()
-        make_directory(self._disk, (names.EPOCHS,))
-        path = names.record(record.epoch)
-        publish_file(self._disk, names.record_temporary(record.epoch), path, encode_record(record))
-        self._disk.sync_directory((names.EPOCHS,))
-        self._disk.sync_directory(())
+        self._back_end.make_directory((names.EPOCHS,), exist_ok=True)
+        path, temporary = names.record(record.epoch), names.record_temporary(record.epoch)
+        self._back_end.discard(temporary)
+        self._back_end.prepare(path, temporary, encode_record(record))()
+        self._back_end.settle((names.EPOCHS,))
+        self._back_end.settle(())
 
     def checkpoints(self) -> list[SnapshotId]:
         """Committed checkpoints, by rising epoch and step."""
@@ -122,7 +125,7 @@ class Store:
 
     def reader(self, identity: SnapshotId) -> StoredCheckpoint:
         """A committed checkpoint; NotFoundError, FormatError, VersionError."""
-        return StoredCheckpoint(self._disk, names.checkpoint(identity))
+        return StoredCheckpoint(self._back_end, names.checkpoint(identity))
 
     def committed(self, identity: SnapshotId) -> bool:
         """Whether a checkpoint is durable: committed, and synced by whoever committed it or, to be sure, by us.
@@ -132,12 +135,12 @@ class Store:
         self._refuse_doubt(identity)
         directory = names.checkpoint(identity)
         try:
-            read_commit(self._disk, directory)
+            read_commit(self._back_end, directory)
         except (NotFoundError, FormatError):
             return False
         try:
-            self._disk.sync_directory((directory,))
-            self._disk.sync_directory(())
+            self._back_end.settle((directory,))
+            self._back_end.settle(())
         except CkptdError:
             self._doubt(identity)
             raise
@@ -154,11 +157,11 @@ class Store:
         self._refuse_doubt(identity)
         if not joined:
             if self._is_committed(directory):
-                raise StoreError(f"{self._disk.describe((directory,))}: is committed; committed bytes never change")
+                raise StoreError(f"{self._back_end.describe((directory,))}: is committed; committed bytes never change")
             self._remove(directory)
             for path in ((directory,), (directory, names.DATA), (directory, names.MANIFEST)):
-                self._disk.make_directory(path)
-        return CheckpointWriter(self._disk, identity, job, lambda: self._doubt(identity), joined)
+                self._back_end.make_directory(path)
+        return CheckpointWriter(self._back_end, identity, job, lambda: self._doubt(identity), joined)
 
     def remove(self, identity: SnapshotId) -> None:
         """Removes a checkpoint, committed or not: first COMMIT, durably, then the rest."""
@@ -186,16 +189,16 @@ class Store:
         removed = []
         for identity, name, problem in self._directories():
             if problem is not None and identity not in keep and not self._has_commit(name):
-                remove_tree(self._disk, (name,))
+                self._back_end.remove_tree((name,))
                 removed.append(name)
         for path in self._temporary_files():
-            discard_file(self._disk, path)
+            self._back_end.discard(path)
             removed.append("/".join(path))
         return removed
 
     def _temporary_files(self) -> list[Path]:
         try:
-            entries = self._disk.list_directory((names.EPOCHS,))
+            entries = self._back_end.list((names.EPOCHS,))
         except NotFoundError:
             return []
         return [
@@ -206,48 +209,52 @@ class Store:
 
     def _directories(self) -> list[tuple[SnapshotId, str, str | None]]:
         """(id, name, why it does not count as committed) of every checkpoint directory."""
-        found: list[tuple[SnapshotId, str, str | None]] = []
-        for name, is_directory in self._disk.list_directory(()):
-            identity = names.parse_checkpoint(name)
-            if identity is None:
-                continue
-            problem: str | None = None
-            try:
-                if not is_directory:
-                    raise FormatError(f"{self._disk.describe((name,))}: expected a directory")
-                read_commit(self._disk, name)
-            except NotFoundError:
-                problem = "no COMMIT: unfinished, or being written or removed"
-            except (FormatError, VersionError) as error:
-                problem = str(error)
-            found.append((identity, name, problem))
-        return sorted(found)
+        found = [
+            (identity, entry)
+            for entry in self._back_end.list(())
+            if (identity := names.parse_checkpoint(entry.name)) is not None
+        ]
+        problems = for_each(self._back_end, lambda each: self._problem(each[1]), found)
+        return sorted((each[0], each[1].name, problem) for each, problem in zip(found, problems, strict=True))
+
+    def _problem(self, entry: Entry) -> str | None:
+        """Why the checkpoint in a directory does not count as committed."""
+        try:
+            if not entry.is_directory:
+                raise FormatError(f"{self._back_end.describe((entry.name,))}: expected a directory")
+            read_commit(self._back_end, entry.name)
+        except NotFoundError:
+            return "no COMMIT: unfinished, or being written or removed"
+        except (FormatError, VersionError) as error:
+            return str(error)
+        return None
 
     def _is_committed(self, directory: str) -> bool:
         try:
-            read_commit(self._disk, directory)
+            read_commit(self._back_end, directory)
         except (NotFoundError, FormatError):
             return False
         return True
 
     def _has_commit(self, directory: str) -> bool:
-        return any(entry.name == names.COMMIT for entry in self._disk.list_directory((directory,)))
+        return any(entry.name == names.COMMIT for entry in self._back_end.list((directory,)))
 
     def _remove(self, directory: str) -> None:
         try:
             if self._has_commit(directory):
-                self._disk.unlink((directory, names.COMMIT))
-                self._disk.sync_directory((directory,))
+                self._back_end.discard((directory, names.COMMIT))
+                self._back_end.settle((directory,))
         except NotFoundError:
             return
-        remove_tree(self._disk, (directory,))
+        self._back_end.remove_tree((directory,))
 
     def _refuse_doubt(self, identity: SnapshotId) -> None:
         with self._lock:
             if identity in self._in_doubt:
+                described = self._back_end.describe((names.checkpoint(identity),))
                 raise StoreError(
-                    f"{self._disk.describe((names.checkpoint(identity),))}: its commit failed in this process and may "
-                    "or may not be on disk; it is left as it is. Flush a later step"
+                    f"{described}: its commit failed in this process and may or may not be on disk; it is left as it "
+                    "is. Flush a later step"
                 )
 
     def _doubt(self, identity: SnapshotId) -> None:
@@ -255,31 +262,32 @@ class Store:
             self._in_doubt.add(identity)
 
 
+def is_checkpoint(place: str | os.PathLike[str]) -> bool:
+    """Whether a path or URI names a checkpoint's own directory (of any name) rather than a store."""
+    location = parse(place)
+    if not location.name or names.parse_checkpoint(location.name) is not None:
+        return bool(location.name)
+    try:
+        return any(entry.name == names.COMMIT for entry in _open(location).list(()))
+    except NotFoundError:
+        return False
+
+
 def open_checkpoint(place: str | os.PathLike[str]) -> StoredCheckpoint:
-    """The checkpoint at a path or file:// URI: a checkpoint's own directory (of any name), or the newest of a store."""
-    path = _local_path(place)
-    parent, name = os.path.split(path)
-    if name and (names.parse_checkpoint(name) is not None or os.path.lexists(os.path.join(path, names.COMMIT))):
-        return StoredCheckpoint(open_root(parent, create=False), name)
-    store = Store.open(path)
+    """The checkpoint at a path or URI: a checkpoint's own directory (of any name), or the newest of a store."""
+    location = parse(place)
+    if is_checkpoint(place):
+        return StoredCheckpoint(_open(location.parent), location.name)
+    store = Store.open(place)
     identity = store.newest()
     if identity is None:
         broken = "; ".join(f"{name}: {reason}" for name, reason in store.broken()[:5])
-        raise NotFoundError(f"{path}: no committed checkpoint{'; found ' + broken if broken else ' here'}")
+        raise NotFoundError(f"{location.text}: no committed checkpoint{'; found ' + broken if broken else ' here'}")
     return store.reader(identity)
 
 
-def _local_path(uri: str | os.PathLike[str]) -> str:
-    """The canonical absolute path that a path or file:// URI names."""
-    text = os.fspath(uri)
-    scheme, separator, rest = text.partition("://")
-    if separator and scheme != "file":
-        raise ConfigError(f"store {text!r}: scheme {scheme!r} is not supported; expected a path or file:///path")
-    if separator:
-        host, slash, tail = rest.partition("/")
-        if host not in ("", "localhost"):
-            raise ConfigError(f"store {text!r}: names the host {host!r}; expected file:///path")
-        text = urllib.parse.unquote(slash + tail)
-    if not text or "\0" in text:
-        raise ConfigError(f"store {text!r}: expected a path or file:///path")
-    return os.path.realpath(os.path.expanduser(text))
+def _open(location: Location, create: bool = False) -> BackEnd:
+    """The back end of a location."""
+    if location.scheme:
+        return open_objects(location, create)
+    return FileBackEnd(open_root(location.text, create))

@@ -22,8 +22,7 @@ from ckptd.format.layout import FILE_BYTES, LARGE_ALIGNMENT, aligned
 from ckptd.format.manifest import to_parquet
 from ckptd.format.objects import pack_table
 from ckptd.tiers.store import names
-from ckptd.tiers.store.disk import Disk, OutputFile
-from ckptd.tiers.store.files import remove_tree, write_file
+from ckptd.tiers.store.backend import BackEnd, OutputFile
 from ckptd.tiers.store.pipeline import Read, encoded_rows
 
 _PADDING = bytes(LARGE_ALIGNMENT)
@@ -34,10 +33,10 @@ class CheckpointWriter:
     `joined`: another process created the directory, commits, and cleans up."""
 
     def __init__(
-        self, disk: Disk, identity: SnapshotId, job: str, in_doubt: Callable[[], None], joined: bool = False
+        self, back_end: BackEnd, identity: SnapshotId, job: str, in_doubt: Callable[[], None], joined: bool = False
     ) -> None:
         self.id = identity
-        self._disk = disk
+        self._back_end = back_end
         self._job = job
         self._directory = names.checkpoint(identity)
         self._in_doubt = in_doubt
@@ -47,7 +46,7 @@ class CheckpointWriter:
 
     def part(self, writer: int) -> PartWriter:
         """Writes what this process adds; `writer` is its number, unique in the checkpoint."""
-        return PartWriter(self._disk, self._directory, writer, self._attempt)
+        return PartWriter(self._back_end, self._directory, writer, self._attempt)
 
     def commit(self, parts: Sequence[Part], objects: Mapping[str, bytes]) -> None:
         """Makes the checkpoint exist, durably, of exactly these parts. StoreError if it cannot."""
@@ -63,14 +62,15 @@ class CheckpointWriter:
                     ObjectsFile(len(table), hashlib.sha256(table).hexdigest()),
                 )
             )
-            write_file(self._disk, (*directory, names.OBJECTS), table)
-            self._disk.sync_directory(directory)
-            self._disk.sync_directory(())
-            write_file(self._disk, (*directory, names.COMMIT_TEMPORARY), commit)
+            self._back_end.write((*directory, names.OBJECTS), table)
+            self._back_end.settle(directory)
+            self._back_end.settle(())
+            temporary = (*directory, names.COMMIT_TEMPORARY)
+            publish = self._back_end.prepare((*directory, names.COMMIT), temporary, commit)
             self._committing = True
             try:
-                self._disk.rename((*directory, names.COMMIT_TEMPORARY), (*directory, names.COMMIT))
-                self._disk.sync_directory(directory)
+                publish()
+                self._back_end.settle(directory)
             except BaseException:
                 self._in_doubt()
                 raise
@@ -80,7 +80,7 @@ class CheckpointWriter:
         """Removes what was written, unless COMMIT was reached: then all must stay as it is."""
         self._ended = self._ended or "it was aborted"
         if not self._committing and not self._joined:
-            remove_tree(self._disk, (self._directory,))
+            self._back_end.remove_tree((self._directory,))
 
     @contextlib.contextmanager
     def _attempt(self) -> Iterator[None]:
@@ -99,12 +99,12 @@ class PartWriter:
 
     def __init__(
         self,
-        disk: Disk,
+        back_end: BackEnd,
         directory: str,
         writer: int,
         attempt: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
-        self._disk = disk
+        self._back_end = back_end
         self._directory = directory
         self._writer = writer
         self._attempt = attempt
@@ -119,7 +119,7 @@ class PartWriter:
         """
         with self._attempt():
             chosen, owner = _without_ties(catalog)
-            data = _DataFiles(self._disk, self._directory, self._writer)
+            data = _DataFiles(self._back_end, self._directory, self._writer)
             columns = {
                 name: np.zeros(len(catalog), kind)
                 for name, kind in (("file", "i4"), ("file_offset", "i8"), ("stored", "i8"), ("codec", "u1"))
@@ -132,7 +132,7 @@ class PartWriter:
                     columns["stored"][row], columns["codec"][row] = len(stored), codec
                     written += 1
                 if written != len(chosen):
-                    raise StoreError(f"{self._disk.describe((self._directory,))}: writing was cancelled")
+                    raise StoreError(f"{self._back_end.describe((self._directory,))}: writing was cancelled")
                 data.finish()
             placed = catalog.replaced(
                 writer=np.full(len(catalog), self._writer), **{name: value[owner] for name, value in columns.items()}
@@ -141,20 +141,20 @@ class PartWriter:
 
     def _write_manifest(self, catalog: Catalog, lengths: list[int]) -> Part:
         if lengths:
-            self._disk.sync_directory((self._directory, names.DATA))
+            self._back_end.settle((self._directory, names.DATA))
         manifest = to_parquet(catalog)
         path = names.manifest_part(self._directory, self._writer)
-        write_file(self._disk, path, manifest)
-        self._disk.sync_directory(path[:-1])
+        self._back_end.write(path, manifest)
+        self._back_end.settle(path[:-1])
         return Part(self._writer, len(catalog), len(manifest), hashlib.sha256(manifest).hexdigest(), lengths)
 
 
 class _DataFiles:
     """Appends chunks to data files, each placed as the format says."""
 
-    def __init__(self, disk: Disk, directory: str, writer: int) -> None:
+    def __init__(self, back_end: BackEnd, directory: str, writer: int) -> None:
         self.lengths: list[int] = []
-        self._disk = disk
+        self._back_end = back_end
         self._directory = directory
         self._writer = writer
         self._file: OutputFile | None = None
@@ -166,7 +166,7 @@ class _DataFiles:
             self.finish()
         if self._file is None:
             path = names.data_file(self._directory, self._writer, len(self.lengths))
-            self._file = self._disk.create(path, large=True)
+            self._file = self._back_end.create(path)
             self.lengths.append(0)
             start = 0
         self._file.write(_PADDING[: start - self.lengths[-1]])
