@@ -1,7 +1,8 @@
 """When to capture and when to flush: arithmetic on steps and measured costs; no clock of its own.
 
 Grants are issued a number of steps ahead (`lead`), so that every rank has heard of a grant before it reaches the step.
-A grant that comes late doubles the lead. `snapshot_every="auto"` takes the shortest interval that keeps the measured
+A grant that comes late doubles the lead; a run of snapshots in time halves it again, since with a long lead snapshots
+are rare. `snapshot_every="auto"` takes the shortest interval that keeps the measured
 stall within the budget.
 """
 
@@ -13,6 +14,9 @@ from ckptd.protocol.messages import Policy
 
 LEAD = 2
 MAX_LEAD = 1024
+SEALS_IN_TIME = 16
+"""After so many seals without a late grant, half the lead is tried: at worst one snapshot in seventeen is lost."""
+
 MAX_INTERVAL = 10**6
 """Of `snapshot_every="auto"`: however expensive a capture was, it is tried again one day."""
 
@@ -25,6 +29,7 @@ class Cadence:
         self._policy = policy
         self._flushed_step = started_at
         self._flushed_s: float | None = None
+        self._in_time = 0
         self.lead = LEAD
         self.interval = policy.snapshot_steps or 1
 
@@ -37,6 +42,14 @@ class Cadence:
     def late(self) -> None:
         """A grant reached a rank after its step."""
         self.lead = min(2 * self.lead, MAX_LEAD)
+        self._in_time = 0
+
+    def sealed(self) -> None:
+        """Every rank heard of a grant in time."""
+        self._in_time += 1
+        if self._in_time >= SEALS_IN_TIME:
+            self.lead = max(self.lead // 2, LEAD)
+            self._in_time = 0
 
     def next_step(self, boundary: int, granted: int) -> int:
         """The first step to capture that is `lead` ahead of the furthest `boundary` and after the last `granted`."""

@@ -385,6 +385,8 @@ class NodeMachine:
         for sealed in list(self.state.table.seal()):
             if sealed.snapshot.epoch == self.state.epoch:
                 self._count("sealed")
+                if self._cadence is not None:
+                    self._cadence.sealed()
                 self.members.satisfied(sealed.snapshot.step)
                 self._broadcast(m.Reached(sealed.snapshot.step, Level.SEALED))
 

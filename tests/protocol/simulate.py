@@ -22,6 +22,7 @@ from tests.protocol.oracle import Oracle, Violation
 from tests.protocol.trainer import SLOT_BYTES, Memory, Trainer
 
 STORE, ELSEWHERE = "/store", "/elsewhere"
+TURNS = 600
 Event = Callable[[], None]
 
 
@@ -76,6 +77,11 @@ class Simulation:
         self.faults = True
         self.closing = False
         self.updates = 1.0 if self.random.random() < 0.7 else 0.7
+        self.pace = self.random.choice((0.5, 2.0, 2.0, 8.0))
+        """Of training, beside messages: where it is high, grants come late and lead grows."""
+        self.haste = self.random.choice((2.0, 2.0, 0.1))
+        """Of rank 0 at start-up."""
+        self.danger = self.random.choice((0.03, 0.06, 0.1, 0.3))
         self._identity = 100
         self.node.start()
 
@@ -132,11 +138,12 @@ class Simulation:
                 yield 1, "pidfd", process.trainer.hello.instance, lambda p=process: self._notice(p)
         for launch in self.launches:
             if not launch.ended and launch.stage != "running":
-                yield 2, f"launch: {launch.stage}", launch.number, lambda x=launch: self._launch_goes_on(x)
+                yield self.haste, f"launch: {launch.stage}", launch.number, lambda x=launch: self._launch_goes_on(x)
         if not self.closing and all(launch.ended for launch in self.launches):
             yield 2, "job starts", None, self._start_job
         if self.faults:
-            yield from self._fault_events()
+            for chance, name, subject, event in self._fault_events():
+                yield self.danger * chance, name, subject, event
 
     def _process_events(self, process: Proc) -> Iterator[tuple[float, str, Any, Event]]:
         trainer, connection, name = process.trainer, process.connection, process.trainer.hello.instance
@@ -167,7 +174,7 @@ class Simulation:
         elif trainer.requested is not None:
             yield 1, "waits in snapshot", name, lambda: trainer.looks()
         elif process.stage == "running" and self._may_step(process):
-            yield 2, "step", (name, trainer.step + 1), lambda: self._steps(process)
+            yield self.pace, "step", (name, trainer.step + 1), lambda: self._steps(process)
 
     def _fault_events(self) -> Iterator[tuple[float, str, Any, Event]]:
         node, pick = self.node, self.random.choice
@@ -352,7 +359,7 @@ class Simulation:
                 case m.Refuse():
                     launch.ended = True
                     self._hang_up(launch)
-        elif self.faults and self.random.random() < 0.02:
+        elif self.faults and self.random.random() < 0.02 * self.danger:
             launch.ended = True  # rank 0 is killed on the way
             self._hang_up(launch)
 
@@ -444,10 +451,10 @@ class Simulation:
     def _heal(self) -> None:
         """No more faults. If no launch is whole, a new one comes; zombies live on."""
         self.trace_line("--- no more faults")
-        self.faults, self.node.budget = False, None
+        self.faults, self.node.budget, self.pace = False, None, 0.5
+        self.haste = 2.0
         for launch in self.launches:
-            if launch.stage == "running" and not self._is_live(launch):
-                launch.ended = True
+            launch.ended = launch.stage != "running" or not self._is_live(launch)
         for process in self.processes:
             process.stalled = 0
             process.trainer.requested = None  # some rank may have given up waiting: now all have
@@ -461,7 +468,7 @@ class Simulation:
     def _go_on_sealing(self) -> None:
         """Three more seals in one epoch."""
         start = dict(self.oracle.seals)
-        for _ in range(6000):
+        for _ in range(20_000):
             self._turn()
             if any(count >= start.get(epoch, 0) + 3 for epoch, count in self.oracle.seals.items()):
                 return
@@ -509,7 +516,7 @@ def main(arguments: list[str]) -> int:
     """Replays seeds and prints what happened."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, required=True)
-    parser.add_argument("--steps", type=int, default=150, help="turns with faults")
+    parser.add_argument("--steps", type=int, default=TURNS, help="turns with faults")
     parser.add_argument("--count", type=int, default=1, help="so many seeds from this one on, without a trace")
     chosen = parser.parse_args(arguments)
     for seed in range(chosen.seed, chosen.seed + chosen.count):

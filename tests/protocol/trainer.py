@@ -41,6 +41,8 @@ Say = Callable[[m.Message, Memory | None], None]
 class Trainer:
     """One process of a rank. `say` puts a message on its connection, or drops it where there is none."""
 
+    heeds_lateness = True
+
     def __init__(self, hello: m.Hello, say: Say) -> None:
         self.hello, self.say = hello, say
         self.epoch: Epoch = hello.epoch
@@ -204,7 +206,7 @@ class Trainer:
         self.grants[message.step] = message.slot
         if known is not None:
             self.say(known, None)
-        elif message.step <= self.passed and message.step != self.requested:
+        elif self.heeds_lateness and message.step <= self.passed and message.step != self.requested:
             self.settle(m.Missed(message.step, "late"))
 
     def _revoked(self, step: int) -> None:
