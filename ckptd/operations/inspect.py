@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import os
 
 import numpy as np
 import numpy.typing as npt
 
 from ckptd.core import lineage
 from ckptd.core.catalog import ALL_RANKS, Catalog
-from ckptd.core.errors import FormatError, NotFoundError, VersionError
+from ckptd.core.errors import CkptdError, FormatError, NotFoundError, VersionError
 from ckptd.core.types import SnapshotId
 from ckptd.format import objects
 from ckptd.format.commit import VERSION
@@ -95,7 +94,7 @@ def summarize_checkpoint(checkpoint: StoredCheckpoint, live: bool | None = None)
     """What COMMIT alone says of a checkpoint."""
     commit = checkpoint.commit
     return CheckpointSummary(
-        name=os.path.basename(checkpoint.location),
+        name=checkpoint.name,
         id=checkpoint.id,
         job=checkpoint.job,
         live=live,
@@ -227,6 +226,6 @@ def _sums(catalog: Catalog, column: npt.NDArray[np.int64]) -> npt.NDArray[np.int
 
 def _created_s(checkpoint: StoredCheckpoint) -> float | None:
     try:
-        return os.stat(os.path.join(checkpoint.location, names.COMMIT)).st_mtime
-    except OSError:
+        return checkpoint.committed_at
+    except CkptdError:
         return None

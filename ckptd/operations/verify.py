@@ -7,13 +7,13 @@ whose COMMIT is there and not valid is a problem of the store. A report is data;
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 
 from ckptd.core.errors import CkptdError, FormatError, NotFoundError, VersionError
 from ckptd.core.types import SnapshotId
 from ckptd.operations.inspect import split_broken, stored_bytes
-from ckptd.tiers.store import Store, StoredCheckpoint, names, open_checkpoint
+from ckptd.tiers.store import Store, StoredCheckpoint, is_checkpoint, names, open_checkpoint
+from ckptd.tiers.store.location import parse
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -44,15 +44,14 @@ class Report:
 
 def verify(path: str, *, every: bool = False, progress: Progress | None = None) -> Report:
     """Verifies one checkpoint, or of a store the newest one or `every` one. NotFoundError where there is none."""
-    uri = Store.open(path).uri
-    name = os.path.basename(uri)
-    if names.parse_checkpoint(name) is None and not os.path.lexists(os.path.join(uri, names.COMMIT)):
+    if not is_checkpoint(path):
         return _verify_store(Store.open(path), every, progress)
+    location = parse(path)
     try:
         checkpoint = open_checkpoint(path)
     except (FormatError, VersionError) as error:
-        return Report(uri, [Verdict(name, 0, [str(error)])], [])
-    return Report(uri, [_verify_one(checkpoint, progress)], [])
+        return Report(location.uri, [Verdict(location.name, 0, [str(error)])], [])
+    return Report(location.uri, [_verify_one(checkpoint, progress)], [])
 
 
 def _verify_store(store: Store, every: bool, progress: Progress | None) -> Report:
@@ -97,10 +96,10 @@ def _shifted(progress: Progress | None, before: int, total: int) -> Progress | N
 
 
 def _verify_one(checkpoint: StoredCheckpoint, progress: Progress | None) -> Verdict:
-    name, size = os.path.basename(checkpoint.location), stored_bytes(checkpoint.commit)
+    size = stored_bytes(checkpoint.commit)
     with checkpoint:
         try:
             problems = checkpoint.verify(progress)
         except CkptdError as error:
             problems = [str(error)]
-    return Verdict(name, size, problems)
+    return Verdict(checkpoint.name, size, problems)

@@ -75,6 +75,11 @@ class StoredCheckpoint:
         return self.commit.job
 
     @property
+    def name(self) -> str:
+        """That of its directory."""
+        return self._directory
+
+    @property
     def location(self) -> str:
         """Where it is, for messages."""
         return self._back_end.describe((self._directory,))
