@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     outcomes[name].append(run_trial(trial, options.ranks, options.timeout_s))
                 except TrialError as error:
                     failures[name] = str(error)
-                    console.print(f"{name}, round {number}: {error}", style="red", markup=False)
+                    console.print(f"{name}, round {number}: {error}", style="red", markup=False, soft_wrap=True)
                 progress.advance(bar)
     rows = [row(name, found) for name, found in outcomes.items() if found]
     if not rows:

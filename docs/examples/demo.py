@@ -100,6 +100,13 @@ class Run:
         steps = [line["step"] for incarnation in self.incarnations for line in incarnation.steps]
         return steps[-1] if steps else 0
 
+    @property
+    def sealed(self) -> int:
+        """Snapshots that the newest incarnation has sealed, as far as the log knows."""
+        if not self.incarnations or not self.incarnations[-1].steps:
+            return 0
+        return int(self.incarnations[-1].steps[-1]["statistics"]["snapshots_sealed"])
+
     def losses(self) -> dict[int, set[float]]:
         """Every loss that was logged for a step; a step trained twice has one value if both were equal."""
         found: dict[int, set[float]] = {}
@@ -137,7 +144,7 @@ def choose_moment(seed: int, steps: int) -> Moment:
 
 
 class Killer:
-    """Kills one rank once, when the log says that the moment has come."""
+    """Kills one rank once, when the log says that the moment has come; not before anything is sealed."""
 
     def __init__(self, moment: Moment) -> None:
         self.moment = moment
@@ -146,7 +153,7 @@ class Killer:
 
     def watch(self, run: Run) -> None:
         """Called whenever the log was read."""
-        if self.at is not None or run.last_step < self.moment.after_step:
+        if self.at is not None or run.last_step < self.moment.after_step or run.sealed == 0:
             return
         time.sleep(self.moment.fraction * run.step_s())
         self.pid = run.pids[self.moment.rank]
@@ -235,7 +242,7 @@ class Stage:
             for process in left:
                 with contextlib.suppress(psutil.Error):
                     process.kill()
-            psutil.wait_procs(left, timeout=1)
+            time.sleep(0.1)
 
 
 def follow(
@@ -417,7 +424,9 @@ def main(arguments: list[str] | None = None) -> int:
     directory = options.directory or Path(tempfile.mkdtemp(prefix="ckptd-demo-"))
     directory.mkdir(parents=True, exist_ok=True)
     if any(directory.iterdir()):
-        console.print(f"{directory} is not empty: choose an empty or new directory", style="red", markup=False)
+        console.print(
+            f"{directory} is not empty: choose an empty or new directory", style="red", markup=False, soft_wrap=True
+        )
         return 2
     stage = Stage(directory)
     started = time.monotonic()
@@ -425,7 +434,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         findings = play(stage, options, console)
     except DemoError as error:
-        console.print(str(error), style="red", markup=False)
+        console.print(str(error), style="red", markup=False, soft_wrap=True)
         return 1
     finally:
         stage.clear()

@@ -1,12 +1,6 @@
-"""The example trains the same numbers every time; without that, comparing a restarted run with it would say nothing."""
+"""Parts of the example on which comparing two runs depends: data, sizes, digest."""
 
 from __future__ import annotations
-
-import json
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -63,24 +57,3 @@ def test_the_digest_depends_on_names_values_and_dtype() -> None:
     }
     assert len(digests) == 5
     assert train_gpt.digest({"x": zeros, "y": zeros + 1}) == train_gpt.digest({"y": zeros + 1, "x": zeros})
-
-
-@pytest.mark.slow
-def test_two_ranks_train_the_same_numbers_every_time(tmp_path: Path) -> None:
-    first, second = (_train(tmp_path / name, steps=5) for name in ("first", "second"))
-    assert len(first) == 6
-    assert first == second
-
-
-def _train(directory: Path, steps: int) -> list[dict[str, Any]]:
-    """Losses and digest of weights of a run on two ranks without ckptd, without the times."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = ["--no-ckptd", "--parameters", "1M", "--steps", str(steps), "--progress", str(directory)]
-    script = Path(train_gpt.__file__)
-    done = subprocess.run(
-        [*launcher, str(script), *arguments], timeout=120, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (directory / "rank-0.jsonl").read_text().splitlines()]
-    wanted = ("step", "loss", "weights")
-    return [{key: line[key] for key in wanted if key in line} for line in lines if line["event"] != "start"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,23 @@ def test_the_moment_is_drawn_from_the_seed() -> None:
     assert {moment.rank for moment in moments} == {0, 1}
     assert all(20 <= moment.after_step < 80 and 0 <= moment.fraction < 1 for moment in moments)
     assert len({moment.after_step for moment in moments}) > 30
+
+
+def test_nobody_is_killed_before_there_is_something_to_restore(tmp_path: Path) -> None:
+    log = Log(tmp_path / "ckptd", with_ckptd=True)
+    log.start()
+    log.write(0, event="step", step=1, loss=1.0, statistics={"snapshots_sealed": 0})
+    killer = demo.Killer(demo.Moment(rank=0, after_step=1, fraction=0.0))
+    run = log.run()
+    killer.watch(run)
+    assert killer.at is None
+    victim = subprocess.Popen(["sleep", "60"])
+    run.pids[0] = victim.pid
+    log.write(0, event="step", step=2, loss=1.0, statistics={"snapshots_sealed": 1})
+    run.read()
+    killer.watch(run)
+    assert victim.wait(10) == -signal.SIGKILL
+    assert (killer.at is not None, killer.pid) == (True, victim.pid)
 
 
 def test_a_directory_with_something_in_it_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
