@@ -93,7 +93,7 @@ def _remote(text: str) -> Location:
             "and logs. Put them into the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "GOOGLE_APPLICATION_CREDENTIALS ...) or a credentials file"
         )
-    path = split.path.strip("/")
+    path = split.path.removeprefix("/").removesuffix("/")
     segments = tuple(urllib.parse.unquote(segment) for segment in path.split("/")) if path else ()
     if any(s in ("", ".", "..") or "/" in s or "\0" in s for s in segments) or split.fragment:
         raise ConfigError(f"store {text!r}: expected a plain path, without empty parts, `.`, `..` and `#`")

@@ -23,6 +23,7 @@ from ckptd.core.errors import CkptdError, CorruptionError, FormatError, NotFound
 from ckptd.tiers.store import filesystems
 from ckptd.tiers.store.backend import Entry, Path
 from ckptd.tiers.store.location import Location
+from ckptd.tiers.store.posix import open_root
 
 IN_FLIGHT_BYTES = 64 * 1024 * 1024
 """Bytes of one object that may wait in memory for the network."""
@@ -39,16 +40,23 @@ def open_objects(location: Location, create: bool) -> ObjectBackEnd:
         found = filesystems.find(location)
         kind = found.system.get_file_info(found.root).type
         if kind is pafs.FileType.NotFound and create:
-            bucket = found.root.partition("/")[0]
-            exists = not found.buckets or found.system.get_file_info(bucket).type is not pafs.FileType.NotFound
-            if not exists and ("allow_bucket_creation", "true") not in location.options:
-                raise NotFoundError(f"{location.text}: there is no bucket {bucket!r}; create it, or correct its name")
-            found.system.create_dir(found.root, recursive=True)
+            _make_place(location, found)
         elif kind is pafs.FileType.NotFound:
             raise NotFoundError(f"{location.text}: nothing is there; expected a store")
         elif kind is not pafs.FileType.Directory:
             raise NotFoundError(f"{location.text}: is an object; expected a store, below which objects are")
     return ObjectBackEnd(found, location.text)
+
+
+def _make_place(location: Location, found: filesystems.ObjectSystem) -> None:
+    bucket = found.root.partition("/")[0]
+    needed = found.buckets and ("allow_bucket_creation", "true") not in location.options
+    if needed and found.system.get_file_info(bucket).type is pafs.FileType.NotFound:
+        raise NotFoundError(f"{location.text}: there is no bucket {bucket!r}; create it, or correct its name")
+    if isinstance(found.system, pafs.LocalFileSystem):
+        open_root(found.root, create=True)  # with the modes of a store of files
+    else:
+        found.system.create_dir(found.root, recursive=True)
 
 
 class ObjectBackEnd:
@@ -71,7 +79,7 @@ class ObjectBackEnd:
 
     def create(self, path: Path) -> ObjectOutput:
         with named_errors(self.describe(path), "create"):
-            if self._system.get_file_info(self._key(path)).type is not pafs.FileType.NotFound:
+            if self._information(path).type is not pafs.FileType.NotFound:
                 raise StoreError(f"{self.describe(path)}: create: exists already")
             return self._open_output(path)
 
@@ -96,8 +104,10 @@ class ObjectBackEnd:
     def open(self, path: Path) -> ObjectInput:
         with named_errors(self.describe(path), "open"):
             # A store of objects has nothing else; a directory tree may have pipes, and opening one would wait.
-            if self._place.directories and self.information(path).type is not pafs.FileType.File:
-                raise FormatError(f"{self.describe(path)}: expected a regular file")
+            if self._place.directories:
+                kind = self._information(path).type
+                if kind not in (pafs.FileType.File, pafs.FileType.NotFound):
+                    raise FormatError(f"{self.describe(path)}: expected a regular file")
             file = self._system.open_input_file(self._key(path))
             return ObjectInput(self, path, file, self._ranges if self._place.threads else None)
 
@@ -115,13 +125,18 @@ class ObjectBackEnd:
             self._system.delete_dir(self._key(path))
         self._made.clear()
 
-    def information(self, path: Path) -> pafs.FileInfo:
-        """What the system says of an object. NotFoundError if there is none."""
+    def length(self, path: Path) -> int | None:
+        """Bytes of an object as the system has it now; None if there is none."""
+        size: int | None = self._information(path).size
+        return size
+
+    def modified(self, path: Path) -> float:
+        """When an object was put; 0 if nobody knows."""
+        return float(self._information(path).mtime_ns or 0) / 1e9
+
+    def _information(self, path: Path) -> pafs.FileInfo:
         with named_errors(self.describe(path), "look up"):
-            found = self._system.get_file_info(self._key(path))
-        if found.type is pafs.FileType.NotFound:
-            raise NotFoundError(f"{self.describe(path)}: no such object")
-        return found
+            return self._system.get_file_info(self._key(path))
 
     def _open_output(self, path: Path) -> ObjectOutput:
         parent = self._key(path[:-1])
@@ -157,7 +172,7 @@ class ObjectOutput:
     def sync(self) -> None:
         with self._failing("complete the upload"):
             self._stream.close()
-            found = self._back_end.information(self._path).size
+            found = self._back_end.length(self._path)
             if found != self._length:
                 described = self._back_end.describe(self._path)
                 raise StoreError(f"{described}: uploaded {self._length} bytes, found {found}; the upload was cut short")
@@ -193,7 +208,7 @@ class ObjectInput:
 
     @property
     def modified(self) -> float:
-        return float(self._back_end.information(self._path).mtime_ns or 0) / 1e9
+        return self._back_end.modified(self._path)
 
     def read_into(self, offset: int, into: memoryview) -> None:
         view = into.cast("B")

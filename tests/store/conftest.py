@@ -1,0 +1,52 @@
+"""Stores of every kind, for the contracts that all of them keep."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ckptd.tiers.store import Store
+from ckptd.tiers.store.backend import BackEnd
+from ckptd.tiers.store.files import FileBackEnd
+from tests.s3_server import CREDENTIALS, S3Server
+from tests.simulated_disk import SimulatedDisk
+
+KINDS = ["posix", "simulated", "objects in a directory", "fsspec", "s3"]
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with credentials in the environment."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture(params=KINDS)
+def every_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store of each kind."""
+    if request.param == "simulated":
+        return Store(FileBackEnd(SimulatedDisk()), "simulated")
+    if request.param == "s3":
+        uri = request.getfixturevalue("s3").uri()
+    elif request.param == "fsspec":
+        uri = f"memory://{uuid.uuid4().hex}/store"
+    else:
+        uri = f"{'file' if request.param == 'posix' else 'file+object'}://{tmp_path}/store"
+    return Store.open(uri, create=True)
+
+
+@pytest.fixture
+def back_end(every_store: Store) -> BackEnd:
+    """Its back end."""
+    return every_store._back_end
