@@ -1,0 +1,182 @@
+"""Writing one checkpoint in several sittings: a process that is killed is followed by another that goes on.
+
+Owns the journal, a directory `.unfinished-<nonce>` in the store with one small file per finished part, written when all
+of that part is durable. Going on keeps the parts that the journal names and that are as they were, and removes
+everything else of the attempt: bytes of an unfinished part are never reused. Whoever writes holds a lock on the
+journal, where the store is a local directory; elsewhere two that write the same at a time are the user's care.
+
+Only for checkpoints whose parts are the same each time; a job's own checkpoints are written in one sitting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+
+import msgspec
+
+from ckptd.core.errors import CkptdError, FormatError, NotFoundError, StoreError
+from ckptd.core.types import SnapshotId
+from ckptd.format.commit import Part
+from ckptd.tiers.store import names
+from ckptd.tiers.store.backend import Path
+from ckptd.tiers.store.files import read_file
+from ckptd.tiers.store.store import Store
+from ckptd.tiers.store.writer import CheckpointWriter
+
+_MAX_ENTRY_BYTES = 64 * 1024 * 1024
+_SEAL_BYTES = 64
+
+
+class ResumableWriter:
+    """One sitting; made by `resume`. `finished` are the parts of earlier ones."""
+
+    def __init__(self, store: Store, identity: SnapshotId, job: str) -> None:
+        self._store = store
+        self._back_end = store._back_end
+        self._identity = identity
+        self._journal = (f".unfinished-{identity.epoch.nonce}",)
+        self._back_end.make_directory(self._journal, exist_ok=True)
+        self.finished: dict[int, Part] = {}
+        self._lock = self._locked()
+        try:
+            self.finished = self._whole_parts()
+            if self.finished:
+                self._discard_rest()
+            self._writer = store.writer(identity, job, joined=bool(self.finished))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def writer(self) -> CheckpointWriter:
+        """Writes the parts that are not finished, and commits."""
+        return self._writer
+
+    def record(self, part: Part) -> None:
+        """Notes that a part, which is durable, need not be written again."""
+        body = msgspec.json.encode(part)
+        entry = self._entry(part.writer)
+        self._back_end.discard(entry)
+        self._back_end.write(entry, body + hashlib.sha256(body).hexdigest().encode())
+        self._back_end.settle(self._journal)
+        self.finished[part.writer] = part
+
+    def forget(self) -> None:
+        """Removes the journal: the checkpoint is committed, or will not be."""
+        self._back_end.remove_tree(self._journal)
+
+    def abandon(self) -> None:
+        """Removes everything that was written."""
+        self._store.remove(self._identity)
+        self.forget()
+
+    def close(self) -> None:
+        """Lets others go on; idempotent."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _locked(self) -> int:
+        """A descriptor that holds the lock; -1 where the store has none."""
+        path = os.path.join(self._store.uri, *self._journal)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return -1
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                os.close(descriptor)
+                raise StoreError(f"{path}: another process is writing this checkpoint now; wait for it") from None
+        return descriptor
+
+    def _entry(self, writer: int) -> Path:
+        return (*self._journal, f"w{writer:05d}")
+
+    def _whole_parts(self) -> dict[int, Part]:
+        """The parts in the journal whose files are there, of the right length; nothing if there is no checkpoint."""
+        found: dict[int, Part] = {}
+        try:
+            entries = self._back_end.list(self._journal)
+        except NotFoundError:
+            return found  # where directories are parts of names, there is none without files
+        for name, _ in entries:
+            with contextlib.suppress(CkptdError, msgspec.MsgspecError):
+                data = read_file(self._back_end, (*self._journal, name), _MAX_ENTRY_BYTES)
+                body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
+                part = msgspec.json.decode(body, type=Part)
+                sealed = hashlib.sha256(body).hexdigest().encode() == seal
+                if sealed and self._entry(part.writer)[-1] == name and self._is_whole(part):
+                    found[part.writer] = part
+        return found
+
+    def _is_whole(self, part: Part) -> bool:
+        """Whether the files of a part are as it says; what its bytes are is checked when they are read."""
+        directory = names.checkpoint(self._identity)
+        manifest = read_file(self._back_end, names.manifest_part(directory, part.writer), part.size)
+        if hashlib.sha256(manifest).hexdigest() != part.sha256:
+            return False
+        for number, length in enumerate(part.data):
+            with contextlib.closing(self._back_end.open(names.data_file(directory, part.writer, number))) as file:
+                if file.size != length:
+                    return False
+        return True
+
+    def _discard_rest(self) -> None:
+        """Removes what is not of a finished part, so that all of it is written anew."""
+        directory = names.checkpoint(self._identity)
+        kept = {names.manifest_part(directory, part.writer) for part in self.finished.values()}
+        kept |= {
+            names.data_file(directory, part.writer, number)
+            for part in self.finished.values()
+            for number in range(len(part.data))
+        }
+        for path in ((directory,), (directory, names.DATA), (directory, names.MANIFEST)):
+            for name, is_directory in self._back_end.list(path):
+                if not is_directory and (*path, name) not in kept:
+                    self._back_end.discard((*path, name))
+
+
+@contextlib.contextmanager
+def resume(store: Store, identity: SnapshotId, job: str) -> Iterator[ResumableWriter]:
+    """Begins to write a checkpoint, or goes on where a killed process stopped. StoreError if somebody else is at it.
+
+    If the body fails for want of space or the like (StoreError), or is interrupted, what is finished is kept for the
+    next time; any other error would come again, and removes everything.
+    """
+    sitting = ResumableWriter(store, identity, job)
+    try:
+        yield sitting
+        sitting.forget()
+    except (StoreError, NotFoundError):
+        raise
+    except CkptdError:
+        with contextlib.suppress(CkptdError):
+            sitting.abandon()
+        raise
+    finally:
+        sitting.close()
+
+
+def find_by_nonce(store: Store, nonce: str) -> tuple[SnapshotId | None, bool]:
+    """(the checkpoint whose epoch has this nonce, whether it is committed)."""
+    for identity in store.checkpoints():
+        if identity.epoch.nonce == nonce:
+            return identity, True
+    for name, _ in store.broken():
+        parsed = names.parse_checkpoint(name)
+        if parsed is not None and parsed.epoch.nonce == nonce:
+            return parsed, False
+    return None, False
+
+
+def discard_journal(store: Store, nonce: str) -> None:
+    """Removes the journal of a checkpoint that is committed; of a process that was killed right after."""
+    with contextlib.suppress(NotFoundError, FormatError):
+        store._back_end.remove_tree((f".unfinished-{nonce}",))
