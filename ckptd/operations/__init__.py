@@ -1,1 +1,1 @@
-"""Work on whole checkpoints, without torch: verify, diff, prune."""
+"""Work on whole checkpoints, without torch: verify, diff, prune, reshard."""

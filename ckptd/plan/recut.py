@@ -3,8 +3,8 @@
 Owns three questions. Which chunks the target has: every shard of the layout, cut by the chunk rule; values of single
 ranks and per-rank objects keep theirs. Which part a chunk is in: parts hold whole stages' tensors in order of their
 keys, at most PART_BYTES, PART_CHUNKS and about PART_PIECES each, so that a killed run loses little and planning one
-part takes little memory. And where the bytes of each chunk come from: `Assembly`, batches of target chunks that are put together at a
-time, so that a source chunk is decoded once per batch that needs it and not once per target chunk.
+part takes little memory. And where the bytes of each chunk come from: `Assembly`, batches of target chunks that are put
+together at a time, so that a source chunk is decoded once per batch that needs it and not once per target chunk.
 
 Parts depend on the source and the layout alone, never on memory: another run finds the same ones. Pure.
 """
