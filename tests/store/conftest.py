@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,25 +10,9 @@ import pytest
 from ckptd.tiers.store import Store
 from ckptd.tiers.store.backend import BackEnd
 from ckptd.tiers.store.files import FileBackEnd
-from tests.s3_server import CREDENTIALS, S3Server
 from tests.simulated_disk import SimulatedDisk
 
 KINDS = ["posix", "simulated", "objects in a directory", "fsspec", "s3"]
-
-
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3Server]:
-    server = S3Server()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The server, with credentials in the environment."""
-    for name, value in CREDENTIALS.items():
-        monkeypatch.setenv(name, value)
-    return s3_server
 
 
 @pytest.fixture(params=KINDS)

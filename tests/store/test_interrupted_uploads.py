@@ -9,36 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ckptd.core.errors import CorruptionError, StoreError
+from ckptd.core.types import SnapshotId
 from ckptd.tiers.store import Store
 from ckptd.tiers.store.names import checkpoint, data_file
 from ckptd.tiers.store.object_store import ObjectBackEnd, ObjectOutput
 from tests.s3_server import CREDENTIALS, S3Server
-from tests.store.flaky_system import WAYS, GoneError, flaky_back_end
+from tests.store.flaky_system import ANSWER_LOST, CUT_SHORT, KILLED_HALF, WAYS, GoneError, flaky_back_end
 from tests.store.samples import JOB, Memory, equal, identity, read, tensors, write
 
 OLD, NEW = identity(1), identity(2)
 
 
-def _count(tmp_path: Path, prepare: Callable[[Store], None], act: Callable[[Store], object]) -> int:
-    back_end, system = flaky_back_end(str(tmp_path / "count"))
-    store = Store(back_end, "count")
-    prepare(store)
-    before = system.changes
-    act(store)
-    return system.changes - before
+def _store(root: Path, failing: int = -1, way: str = "") -> Store:
+    return Store(flaky_back_end(str(root), failing, way)[0], "flaky")
 
 
 def _save_old(store: Store) -> None:
-    store._back_end.write(("marker",), b"")
     write(store, OLD, tensors(1))
 
 
@@ -46,16 +42,44 @@ def _save_new(store: Store) -> None:
     write(store, NEW, tensors(2), writers=2)
 
 
-def _save_both(store: Store) -> None:
-    _save_old(store)
-    _save_new(store)
+def _prune(store: Store) -> None:
+    store.prune(keep=1)
 
 
-def _check(root: Path, must: set, may: set) -> Store:
-    """As another process sees it: what is committed is whole. Then the next flush and `clean` mend everything."""
-    store = Store(flaky_back_end(str(root))[0], "fresh")
+class Attempts:
+    """`act` on a store as `prepared`, once for every change it makes, each time with that change going wrong."""
+
+    def __init__(self, folder: Path, prepare: list[Callable[[Store], None]], act: Callable[[Store], None]) -> None:
+        self._folder = folder
+        self._act = act
+        for step in prepare:
+            step(_store(folder / "prepared"))
+        back_end, system = flaky_back_end(str(self._copy("prepared", "counted")))
+        act(Store(back_end, "counted"))
+        self.changes = system.changes
+        assert self.changes >= 2
+
+    def _copy(self, source: str, target: str) -> Path:
+        return Path(shutil.copytree(self._folder / source, self._folder / target))
+
+    def run(self, way: str) -> Iterator[tuple[bool, Path, Path]]:
+        """(whether `act` said that it was done, what is left, the same again)."""
+        for failing in range(self.changes):
+            root = self._copy("prepared", f"{failing}")
+            back_end, system = flaky_back_end(str(root), failing, way)
+            done = False
+            with contextlib.suppress(StoreError, GoneError):
+                self._act(Store(back_end, "flaky"))
+                done = True
+            assert system.failed
+            yield done, root, self._copy(f"{failing}", f"{failing}-again")
+
+
+def _check(root: Path, must: set[SnapshotId]) -> Store:
+    """As another process sees it: what must be there is, and what is there is whole."""
+    store = _store(root)
     found = set(store.checkpoints())
-    assert must <= found <= may
+    assert must <= found <= {OLD, NEW}
     for name in found:
         assert store.reader(name).verify() == []
         assert equal(read(store.reader(name)), tensors(name.step))
@@ -64,79 +88,57 @@ def _check(root: Path, must: set, may: set) -> Store:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_save_that_goes_wrong_anywhere_leaves_old_or_new(tmp_path: Path, way: str) -> None:
-    changes = _count(tmp_path, _save_old, _save_new)
-    assert changes > 10
-    for failing in range(changes):
-        root = tmp_path / str(failing)
-        _save_old(Store(flaky_back_end(str(root))[0], "before"))
-        back_end, system = flaky_back_end(str(root), failing, way)
-        must = {OLD}
-        with contextlib.suppress(StoreError, GoneError):
-            _save_new(Store(back_end, "flaky"))
-            must.add(NEW)
-        assert system.failed
-        store = _check(root, must, {OLD, NEW})
+    for done, root, again in Attempts(tmp_path, [_save_old], _save_new).run(way):
+        store = _check(root, {OLD, NEW} if done else {OLD})
         if NEW not in store.checkpoints():
             _save_new(store)
         assert store.clean() == []
-        _check(root, {OLD, NEW}, {OLD, NEW})
+        _check(root, {OLD, NEW})
+        _check_clean(_store(again))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_an_abandoned_save_is_taken_away_by_clean(tmp_path: Path, way: str) -> None:
-    for failing in range(_count(tmp_path, _save_old, _save_new)):
-        root = tmp_path / str(failing)
-        _save_old(Store(flaky_back_end(str(root))[0], "before"))
-        with contextlib.suppress(StoreError, GoneError):
-            _save_new(Store(flaky_back_end(str(root), failing, way)[0], "flaky"))
-        store = _check(root, {OLD}, {OLD, NEW})
-        damaged = [name for name, reason in store.broken() if "no COMMIT" not in reason]
-        left = {checkpoint(NEW)} & {name for name, _ in store.broken()} - set(damaged)
-        assert set(store.clean()) == left
-        # Half a COMMIT may be one of a newer version: it is left to people, or to the next flush.
-        assert [name for name, _ in store.broken()] == damaged
+def _check_clean(store: Store) -> None:
+    """`clean` takes the leftover. Half a COMMIT might be one of a newer version: it is left to the next flush."""
+    left = {name for name, reason in store.broken() if "no COMMIT" in reason}
+    damaged = [name for name, reason in store.broken() if "no COMMIT" not in reason]
+    assert set(store.clean()) == left
+    assert [name for name, _ in store.broken()] == damaged
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_prune_that_goes_wrong_anywhere_keeps_the_newest(tmp_path: Path, way: str) -> None:
-    def prune(store: Store) -> object:
-        return store.prune(keep=1)
-
-    for failing in range(_count(tmp_path, _save_both, prune)):
-        root = tmp_path / str(failing)
-        _save_both(Store(flaky_back_end(str(root))[0], "before"))
-        with contextlib.suppress(StoreError, GoneError):
-            prune(Store(flaky_back_end(str(root), failing, way)[0], "flaky"))
-        store = _check(root, {NEW}, {OLD, NEW})
-        prune(store)
+    for _, root, again in Attempts(tmp_path, [_save_old, _save_new], _prune).run(way):
+        store = _check(root, {NEW})
+        _prune(store)
         store.clean()
         assert (store.checkpoints(), store.broken()) == ([NEW], [])
+        _check_clean(_store(again))
 
 
 def test_a_commit_whose_answer_was_lost_is_in_doubt(tmp_path: Path) -> None:
-    last = _count(tmp_path, _save_old, _save_new) - 1
+    last = Attempts(tmp_path, [_save_old], _save_new).changes - 1
     root = tmp_path / "store"
-    _save_old(Store(flaky_back_end(str(root))[0], "before"))
-    store = Store(flaky_back_end(str(root), last, "answer lost")[0], "flaky")
+    _save_old(_store(root))
+    store = _store(root, last, ANSWER_LOST)
     with pytest.raises(StoreError, match="COMMIT: complete the upload: InternalError"):
         _save_new(store)
     for use in (store.committed, store.remove, lambda name: store.writer(name, JOB)):
         with pytest.raises(StoreError, match="failed in this process"):
             use(NEW)
-    assert _check(root, {OLD, NEW}, {OLD, NEW}).committed(NEW)
+    assert _check(root, {OLD, NEW}).committed(NEW)
 
 
 def test_believing_an_upload_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the enumeration proves nothing."""
     monkeypatch.setattr(ObjectOutput, "sync", lambda self: self._stream.close())
     with pytest.raises((AssertionError, CorruptionError)):
-        test_a_save_that_goes_wrong_anywhere_leaves_old_or_new(tmp_path, "cut short")
+        test_a_save_that_goes_wrong_anywhere_leaves_old_or_new(tmp_path, CUT_SHORT)
 
 
 def test_a_prune_that_leaves_commit_for_last_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ObjectBackEnd, "discard", lambda self, path: None)
     with pytest.raises((AssertionError, CorruptionError)):
-        test_a_prune_that_goes_wrong_anywhere_keeps_the_newest(tmp_path, "killed in the middle")
+        test_a_prune_that_goes_wrong_anywhere_keeps_the_newest(tmp_path, KILLED_HALF)
 
 
 UPLOAD = """
