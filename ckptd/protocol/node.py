@@ -220,12 +220,11 @@ class NodeMachine:
         self._quiet_since_s = None
         if state.epoch != message.epoch:
             self._adopt(message.epoch, message.world, message.restore_point, message.policy)
-        record = state.records[-1]
         if message.policy.store is None:
             self._send(peer, m.Begun())
         else:
             self._beginning.add(peer)
-            self._out.append(WriteRecord(peer, message.policy.store, record))
+            self._out.append(WriteRecord(peer, message.policy.store, state.records[-1]))
 
     def _adopt(self, epoch: Epoch, world: int, point: SnapshotId | None, policy: m.Policy) -> None:
         """The epoch begins here; what it neither restores nor flushes is freed."""
@@ -558,10 +557,10 @@ class NodeMachine:
         if any(self.members.present()):
             self._quiet_since_s = None
             return
-        if self._quiet_since_s is None:
-            self._quiet_since_s = self._now_s
-        if self._now_s - self._quiet_since_s >= self._linger_s:
-            self._out.append(Exit(f"nobody came for {self._linger_s:.0f} s"))
+        self._quiet_since_s = self._now_s if self._quiet_since_s is None else self._quiet_since_s
+        linger_s = IDLE_S if self.state.policy is None else self.state.policy.linger_s
+        if self._now_s - self._quiet_since_s >= linger_s:
+            self._out.append(Exit(f"nobody came for {linger_s:.0f} s"))
 
     # --- small things
 
@@ -573,10 +572,6 @@ class NodeMachine:
             "interval": self._cadence.interval if self._cadence else None,
             "lingering_s": None if self._quiet_since_s is None else self._now_s - self._quiet_since_s,
         }
-
-    @property
-    def _linger_s(self) -> float:
-        return IDLE_S if self.state.policy is None else self.state.policy.linger_s
 
     def _count(self, name: str) -> None:
         self.state.counters[name] = self.state.counters.get(name, 0) + 1

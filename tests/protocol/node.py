@@ -14,7 +14,8 @@ import msgspec
 
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import SnapshotId
-from ckptd.protocol import actions, messages as m
+from ckptd.protocol import actions
+from ckptd.protocol import messages as m
 from ckptd.protocol.node import NodeMachine
 from ckptd.protocol.slots import SlotTable
 from ckptd.protocol.state import NodeState, recover

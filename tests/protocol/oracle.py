@@ -1,4 +1,4 @@
-"""What must be true of a node after every event, whatever happened before. Raises Violation.
+"""What must be true of a node after every event, whatever happened before. Raises BrokenPromiseError.
 
 - A sealed snapshot is held whole, in slots that no living process may write to: not by a copy under way, not by a
   grant that it has not answered, be it a zombie or not.
@@ -19,7 +19,7 @@ from tests.protocol.node import Node
 from tests.protocol.trainer import Memory, Trainer
 
 
-class Violation(AssertionError):
+class BrokenPromiseError(AssertionError):
     """A promise was broken."""
 
 
@@ -53,7 +53,7 @@ class Oracle:
             case m.Flushed(step=int(step)) | m.Drained(step=int(step)):
                 everything = {s.step for store in node.stores.values() for s in store.committed}
                 if step not in everything:
-                    raise Violation(f"{message} although no store has step {step}")
+                    raise BrokenPromiseError(f"{message} although no store has step {step}")
 
     def check(self, node: Node, trainers: Iterable[Trainer]) -> None:
         """After every event."""
@@ -70,13 +70,13 @@ class Oracle:
             self.offered = set()
         names = {sealed.snapshot for sealed in state.table.sealed}
         if not self.offered <= names:
-            raise Violation(f"offered in a Promise and gone before Begin: {self.offered - names}")
+            raise BrokenPromiseError(f"offered in a Promise and gone before Begin: {self.offered - names}")
         newest = state.table.newest(state.epoch)
         if newest is None and self.point is not None and self.point not in names:
-            raise Violation(f"the restore point is gone before the first seal: {self.point}")
+            raise BrokenPromiseError(f"the restore point is gone before the first seal: {self.point}")
         announced = self.announced.get(state.epoch)
         if announced is not None and (newest is None or newest.snapshot.step < announced):
-            raise Violation(f"step {announced} was announced sealed; the newest held is {newest}")
+            raise BrokenPromiseError(f"step {announced} was announced sealed; the newest held is {newest}")
         if state.durable is not None:
             self._committed(node, state.durable, "believed durable")
 
@@ -93,22 +93,26 @@ class Oracle:
             for rank, number in sealed.slots.items():
                 memory = node.slots.get(number)
                 if memory is None or (memory.content, memory.rank) != (sealed.snapshot, rank):
-                    raise Violation(f"{sealed.snapshot} is sealed; slot {number} of rank {rank} holds {memory}")
+                    raise BrokenPromiseError(
+                        f"{sealed.snapshot} is sealed; slot {number} of rank {rank} holds {memory}"
+                    )
                 held[memory] = sealed.snapshot
         if len(used) != len(set(used)):
-            raise Violation(f"a slot is in use twice: {sorted(used)}")
+            raise BrokenPromiseError(f"a slot is in use twice: {sorted(used)}")
         return held
 
     def _check_writer(self, trainer: Trainer, held: dict[Memory, SnapshotId]) -> None:
         if trainer.copy is not None and trainer.copy.memory in held:
-            raise Violation(f"{trainer.hello.instance} is copying into {held[trainer.copy.memory]}")
+            raise BrokenPromiseError(f"{trainer.hello.instance} is copying into {held[trainer.copy.memory]}")
         for grant, number in trainer.grants.items():
             memory = trainer.slots.get(number)
             if grant not in trainer.outcomes and memory in held:
-                raise Violation(f"{trainer.hello.instance} may write into {held[memory]} under its grant {grant}")
+                raise BrokenPromiseError(
+                    f"{trainer.hello.instance} may write into {held[memory]} under its grant {grant}"
+                )
 
     def _committed(self, node: Node, snapshot: SnapshotId, what: str) -> None:
         assert node.machine is not None
         store = node.machine.state.own_store
         if store is None or snapshot not in node.stores[store].committed:
-            raise Violation(f"{snapshot} is {what}, and is not in {store}")
+            raise BrokenPromiseError(f"{snapshot} is {what}, and is not in {store}")

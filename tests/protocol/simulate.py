@@ -18,7 +18,7 @@ from ckptd.core.lineage import live
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.protocol import messages as m
 from tests.protocol.node import JOB, Connection, Node, Process
-from tests.protocol.oracle import Oracle, Violation
+from tests.protocol.oracle import BrokenPromiseError, Oracle
 from tests.protocol.trainer import SLOT_BYTES, Memory, Trainer
 
 STORE, ELSEWHERE = "/store", "/elsewhere"
@@ -28,7 +28,7 @@ Event = Callable[[], None]
 
 @dataclasses.dataclass(eq=False)
 class Proc:
-    """A process of a rank. `stage`: joining, loading, running, closing. `alive` until killed; `seen`: its pidfd fired."""
+    """A process of a rank. `stage`: joining, loading, running, closing. `noticed`: its pidfd has fired."""
 
     launch: Launch
     trainer: Trainer
@@ -81,27 +81,29 @@ class Simulation:
         """Of training, beside messages: where it is high, grants come late and lead grows."""
         self.haste = self.random.choice((2.0, 2.0, 0.1))
         """Of rank 0 at start-up."""
-        self.danger = self.random.choice((0.03, 0.06, 0.1, 0.3))
+        self.danger = self.random.choice((0.005, 0.01, 0.02, 0.05))
+        """Chance of a fault a turn."""
         self._identity = 100
         self.node.start()
 
     # --- what happens
 
     def run(self, turns: int) -> None:
-        """`turns` with faults, then on to a clean end. Raises Violation."""
+        """`turns` with faults, then on to a clean end. Raises BrokenPromiseError."""
         try:
             for _ in range(turns):
                 self._turn()
             self._heal()
             self._go_on_sealing()
             self._close()
-        except Violation:
+        except BrokenPromiseError:
             raise
         except Exception as error:
-            raise Violation(f"{type(error).__name__}: {error}") from error
+            raise BrokenPromiseError(f"{type(error).__name__}: {error}") from error
 
     def _turn(self) -> None:
-        events = list(self._events())
+        fault = self.faults and self.random.random() < self.danger
+        events = list(self._fault_events() if fault else self._events())
         if not events:
             return
         weight = self.random.random() * sum(e[0] for e in events)
@@ -141,9 +143,6 @@ class Simulation:
                 yield self.haste, f"launch: {launch.stage}", launch.number, lambda x=launch: self._launch_goes_on(x)
         if not self.closing and all(launch.ended for launch in self.launches):
             yield 2, "job starts", None, self._start_job
-        if self.faults:
-            for chance, name, subject, event in self._fault_events():
-                yield self.danger * chance, name, subject, event
 
     def _process_events(self, process: Proc) -> Iterator[tuple[float, str, Any, Event]]:
         trainer, connection, name = process.trainer, process.connection, process.trainer.hello.instance
@@ -252,8 +251,11 @@ class Simulation:
         if any(p.stage == "joining" for p in launch.processes):
             return
         if launch.from_memory and self._is_current(launch):
-            if len(process.restore) == 0 or any(memory.content != launch.choice for memory in process.restore):
-                raise Violation(f"{process.trainer.hello.instance} restores {launch.choice} from {process.restore}")
+            found = {memory.content for memory in process.restore}
+            if found != {launch.choice}:
+                raise BrokenPromiseError(
+                    f"{process.trainer.hello.instance} restores {launch.choice} from {process.restore}"
+                )
         process.restore = []
         process.stage = "loaded" if any(p.stage == "loading" for p in launch.processes if p is not process) else "all"
         if process.stage == "all":
@@ -286,7 +288,7 @@ class Simulation:
         if process.launch.epoch == newest and self.node.machine is not None:
             promised = self.node.machine.state.promised
             if promised is None or promised <= process.trainer.epoch:
-                raise Violation(f"{process.trainer.hello.instance}, of the live epoch, gets {message}")
+                raise BrokenPromiseError(f"{process.trainer.hello.instance}, of the live epoch, gets {message}")
 
     def _may_step(self, process: Proc) -> bool:
         """Collectives keep ranks within a step of each other; who was refused ends at the next boundary."""
@@ -472,7 +474,7 @@ class Simulation:
             self._turn()
             if any(count >= start.get(epoch, 0) + 3 for epoch, count in self.oracle.seals.items()):
                 return
-        raise Violation("the run does not go on sealing")
+        raise BrokenPromiseError("the run does not go on sealing")
 
     def _close(self) -> None:
         """Everybody ends cleanly; zombies are killed first."""
@@ -483,11 +485,12 @@ class Simulation:
                 self._kill(process)
         for _ in range(3000):
             self._turn()
-            if all(p.alive and p.trainer.step == launch.processes[0].trainer.step for p in launch.processes):
-                if all(p.trainer.copy is None and p.trainer.requested is None for p in launch.processes):
-                    break
+            if len({p.trainer.step for p in launch.processes}) == 1 and not any(
+                p.trainer.copy is not None or p.trainer.requested is not None for p in launch.processes
+            ):
+                break
         else:
-            raise Violation("the ranks do not come to one boundary")
+            raise BrokenPromiseError("the ranks do not come to one boundary")
         self._check_leaks(launch)
         self.closing = True
         for process in launch.processes:
@@ -497,14 +500,14 @@ class Simulation:
             self._turn()
             if all(not p.alive for p in launch.processes):
                 return
-        raise Violation("the job does not close")
+        raise BrokenPromiseError("the job does not close")
 
     def _check_leaks(self, launch: Launch) -> None:
         if self.node.machine is None:
             return
         table = self.node.machine.state.table
         if set(self.node.slots) - {slot.slot for slot in table.slots}:
-            raise Violation(f"slots {sorted(self.node.slots)} are kept, {table.slots} are known")
+            raise BrokenPromiseError(f"slots {sorted(self.node.slots)} are kept, {table.slots} are known")
 
 
 def _updated(seed: int, step: int) -> bool:
@@ -523,7 +526,7 @@ def main(arguments: list[str]) -> int:
         simulation = Simulation(seed, trace=chosen.count == 1)
         try:
             simulation.run(chosen.steps)
-        except Violation as violation:
+        except BrokenPromiseError as violation:
             for line in simulation.trace or []:
                 print(*line)
             print(f"seed {seed}: {violation}")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+
 from ckptd.protocol.node import NodeMachine
 from ckptd.protocol.slots import Granted, SlotTable
 from ckptd.protocol.state import NodeState
-
 from tests.protocol import node
-from tests.protocol.oracle import Violation
+from tests.protocol.oracle import BrokenPromiseError
 from tests.protocol.simulate import TURNS, Simulation
 from tests.protocol.trainer import Trainer
 
-CHUNKS, SEEDS = 10, 200
+CHUNKS, SEEDS = 10, 150
 ENOUGH = 400
 """Seeds within which a broken rule must show."""
 
@@ -24,7 +24,7 @@ def test_everything_holds_whatever_happens(chunk: int) -> None:
     for seed in range(chunk * SEEDS, (chunk + 1) * SEEDS):
         try:
             Simulation(seed).run(TURNS)
-        except Violation as violation:
+        except BrokenPromiseError as violation:
             pytest.fail(f"python -m tests.protocol.simulate --seed {seed}: {violation}")
 
 
@@ -43,12 +43,12 @@ def test_the_runs_meet_what_they_are_for() -> None:
 
 
 def breaks(needle: str) -> None:
-    """Some seed must end in a Violation that says `needle`."""
+    """Some seed must end in a BrokenPromiseError that says `needle`."""
     said = set()
     for seed in range(ENOUGH):
         try:
             Simulation(seed).run(TURNS)
-        except Violation as violation:
+        except BrokenPromiseError as violation:
             said.add(str(violation))
             if needle in str(violation):
                 return

@@ -1,0 +1,255 @@
+"""Packets: strict, bounded, and no surprise in them reaches the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import typing
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptd.core.errors import FormatError
+from ckptd.core.lineage import EpochRecord
+from ckptd.core.types import Epoch, Level, SnapshotId
+from ckptd.protocol import messages as m
+from ckptd.protocol.node import MAX_WORLD, NodeMachine
+from ckptd.protocol.state import MAX_RECORDS, NodeState
+from tests.protocol.transcript import POLICY, Script, epoch
+
+E1 = epoch(1)
+POINT = SnapshotId(E1, 7)
+TO = typing.get_args(m.ToDaemon)
+FROM = typing.get_args(m.FromDaemon)
+PLAIN: dict[str, Any] = {
+    "protocol": 1,
+    "job": "job",
+    "epoch": E1,
+    "restore_point": POINT,
+    "world": 2,
+    "policy": m.Policy(**POLICY),
+    "instance": "p",
+    "digest": "d",
+    "slot_bytes": 100,
+    "step_s": 1.0,
+    "stall_s": 0.5,
+    "reason": "late",
+    "to": "/elsewhere",
+    "snapshots": [POINT],
+    "records": [EpochRecord(E1, POINT), EpochRecord(E1)],
+    "error": "StoreError",
+    "message": "text",
+    "promised": E1,
+    "slots": [1],
+    "pending": [2],
+    "restore": [m.SlotInfo(1, 0, "d", 100)],
+    "reuse": [1],
+    "create": [2],
+    "level": Level.SEALED,
+    "report": {"slots": [{"bytes": 1}]},
+}
+
+
+def plain(kind: type[m.Message], **other: Any) -> Any:
+    """A message of a kind with every field set."""
+    return kind(**{f.name: other.get(f.name, PLAIN.get(f.name, 1)) for f in msgspec.structs.fields(kind)})
+
+
+@pytest.mark.parametrize("kind", [*TO, *FROM])
+def test_every_message_comes_back(kind: type[m.Message]) -> None:
+    """As it was, from its own direction; as an error from the other."""
+    message = plain(kind)
+    packet = m.encode(message)
+    ours, theirs = ("to", "from") if kind in TO else ("from", "to")
+    assert m.decode(packet, ours) == message  # type: ignore[arg-type]
+    with pytest.raises(FormatError):
+        m.decode(packet, theirs)  # type: ignore[arg-type]
+
+
+def packet(kind: type[m.Message], **fields: Any) -> bytes:
+    """A packet with some fields as given, whatever they are."""
+    values = msgspec.to_builtins(plain(kind))
+    return msgspec.msgpack.encode({"type": kind.__name__, **values, **fields})
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b"",
+        b"\xc1",
+        b"\x90",
+        msgspec.msgpack.encode({"type": "Nothing"}),
+        msgspec.msgpack.encode({"type": "Captured", "grant": 1}),
+        b"\x82\xa4type\xa5Hello\xa3job\xa2\xff\xfe",  # no UTF-8
+        b"\xdf\xff\xff\xff\xff",  # a map of 2^32 entries
+        b"\x81" * 70_000,  # nested
+        packet(m.Captured, grant=-1),
+        packet(m.Captured, step=2**63),
+        packet(m.Captured, step="7"),
+        packet(m.Captured, stall_s=float("nan")),
+        packet(m.Captured, stall_s=-1.0),
+        packet(m.Boundary, step=10**18),
+        packet(m.Missed, reason="because"),
+        packet(m.Hello, rank=-1),
+        packet(m.Hello, world=0),
+        packet(m.Hello, job=""),
+        packet(m.Hello, job="j" * 5000),
+        packet(m.Hello, instance="i" * 101),
+        packet(m.Hello, epoch=[-1, "0" * 16]),
+        packet(m.Prepare, epoch=[1, "../../../../etc/x"]),
+        packet(m.Begin, restore_point=[[1, "0" * 16], -1]),
+        packet(m.Begin, policy={**POLICY, "snapshot_steps": 0}),
+        packet(m.Begin, policy={**POLICY, "flush_steps": -5}),
+        packet(m.Begin, policy={**POLICY, "overhead_budget": 0.0}),
+        packet(m.Begin, policy={**POLICY, "linger_s": -1.0}),
+        packet(m.Layout, slot_bytes=0),
+        packet(m.Layout, slot_bytes=2**60),
+        m.encode(m.Status()) + b"\x00",
+        b"\x00" * (m.MAX_PACKET + 1),
+    ],
+)
+def test_bad_packets_are_refused(bad: bytes) -> None:
+    """By a FormatError, nothing else."""
+    with pytest.raises(FormatError):
+        m.decode(bad, "to")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=300))
+def test_random_bytes_are_refused(data: bytes) -> None:
+    """Or, by a miracle, are a message."""
+    for direction in ("to", "from"):
+        with contextlib.suppress(FormatError):
+            m.decode(data, direction)  # type: ignore[arg-type]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([*TO, *FROM]), st.integers(0, 2**32), st.integers(1, 4))
+def test_damaged_packets_are_refused(kind: type[m.Message], seed: int, times: int) -> None:
+    """Bytes changed, removed, doubled."""
+    chance = random.Random(seed)
+    data = bytearray(m.encode(plain(kind)))
+    for _ in range(times):
+        at = chance.randrange(len(data))
+        match chance.randrange(3):
+            case 0:
+                data[at] = chance.randrange(256)
+            case 1:
+                del data[at:]
+                data += b"\xc0"
+            case _:
+                data[at:at] = data[at : at + 9]
+    with contextlib.suppress(FormatError):
+        m.decode(bytes(data), "to" if kind in TO else "from")
+
+
+def test_a_packet_has_a_limit() -> None:
+    """What does not fit is an error at the sender, and refused where it arrives."""
+    with pytest.raises(FormatError, match="a packet holds"):
+        m.encode(m.Refuse("DaemonError", "x" * m.MAX_PACKET))
+    with pytest.raises(FormatError, match="a packet holds"):
+        m.decode(b"\xc0" * (m.MAX_PACKET + 1), "from")
+
+
+def test_whatever_the_machine_says_fits() -> None:
+    """The longest lists, the longest names, and the longest errors of a store."""
+    far = Epoch(10**18 - 1, "f" * 16)
+    records = [EpochRecord(far, SnapshotId(far, 10**18 - 1))] * MAX_RECORDS
+    assert m.encode(m.Promise([SnapshotId(far, 1)] * 4, records))
+    machine = NodeMachine(NodeState("job"), 0.0)
+    machine.handle(1, plain(m.Prepare, job="é" * 4096), 0.0)
+    machine.handle(1, plain(m.Prepare, epoch=epoch(2)), 0.0)
+    machine.handle(1, plain(m.Begin, epoch=epoch(2), world=MAX_WORLD), 0.0)
+    machine.recorded(1, "x" * 10**6, 0.0)
+    for rank in range(MAX_WORLD):
+        machine.handle(10 + rank, plain(m.Hello, epoch=epoch(2), rank=rank, world=MAX_WORLD, instance=f"p{rank}"), 0.0)
+        machine.handle(10 + rank, plain(m.Pieces, generation=machine.state.generation), 0.0)
+    machine.take()
+    for rank in range(MAX_WORLD):
+        layout = plain(m.Layout, generation=machine.state.generation, digest="d" * 100)
+        machine.handle(10 + rank, layout, 0.0, available_bytes=10**12)
+        machine.take()
+    machine.flush_failed(POINT, "/store", "x" * 10**6, 0.0)
+    machine.handle(2, m.Status(), 0.0)
+    said = [m.encode(action.message) for action in machine.take() if hasattr(action, "message")]
+    assert said
+    assert len(msgspec.msgpack.encode(machine.state)) < 2**20
+
+
+NUMBERS = st.sampled_from([0, 1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 10**18 - 1])
+EPOCHS = st.builds(lambda n, last: Epoch(n, f"{last:016x}"), st.integers(0, 3), st.integers(0, 1))
+POINTS = st.none() | st.builds(SnapshotId, EPOCHS, NUMBERS)
+SECONDS = st.sampled_from([0.0, 1.0, 1e308, float("inf")])
+POLICIES = st.builds(
+    m.Policy,
+    store=st.sampled_from([None, "/store"]),
+    snapshot_steps=st.sampled_from([None, 1, 10**18 - 1]),
+    flush_steps=st.sampled_from([None, 1, 10**18 - 1]),
+    flush_s=st.none() | st.just(1.0),
+    keep=st.sampled_from([None, 1]),
+    overhead_budget=st.sampled_from([1e-300, 1.0]),
+    memory_bytes=st.none() | st.just(1),
+    linger_s=SECONDS,
+)
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "protocol": st.sampled_from([1, 2]),
+    "job": st.sampled_from(["job", "job", "other"]),
+    "epoch": EPOCHS,
+    "restore_point": POINTS,
+    "world": st.sampled_from([1, 2, 2, 3, MAX_WORLD + 1, 10**18 - 1]),
+    "policy": POLICIES,
+    "instance": st.sampled_from(["a1", "b1", "a2", "q"]),
+    "digest": st.sampled_from(["d", "e"]),
+    "slot_bytes": st.sampled_from([1, 2**45]),
+    "step_s": SECONDS,
+    "stall_s": SECONDS,
+    "reason": st.sampled_from(typing.get_args(m.Reason)),
+    "to": st.sampled_from([None, "/elsewhere"]),
+}
+ANY = st.one_of(
+    [st.builds(kind, **{f.name: FIELDS.get(f.name, NUMBERS) for f in msgspec.structs.fields(kind)}) for kind in TO]
+)
+FAR_EVENTS = ["gone", "dead", "recorded", "flushed", "failed", "tick", "restart", "drain"]
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from(["", "start", "seal", "rank_death", "layout_change", "flush_failure", "zombie"]),
+    st.lists(st.tuples(st.integers(1, 7), ANY | st.sampled_from(FAR_EVENTS)), max_size=60),
+)
+def test_the_machine_survives_anybody(beginning: str, events: list[tuple[int, Any]]) -> None:
+    """Any well-formed message from any connection at any time: no exception, and what it says can be sent."""
+    script = Script()
+    script.play(f"> play {beginning}" if beginning else "")
+    machine = script.machine
+    for now, (peer, event) in enumerate(events):
+        match event:
+            case "gone":
+                machine.gone(peer, now)
+            case "dead":
+                machine.dead("a1", now)
+            case "recorded":
+                machine.recorded(peer, None, now)
+            case "flushed":
+                if machine._flushes.running is not None:
+                    machine.flush_done(machine._flushes.running.snapshot, machine._flushes.running.store, now)
+            case "failed":
+                if machine._flushes.running is not None:
+                    machine.flush_failed(machine._flushes.running.snapshot, machine._flushes.running.store, "x", now)
+            case "tick":
+                machine.tick(now)
+            case "drain":
+                machine.drain(now)
+            case "restart":
+                state = msgspec.msgpack.decode(msgspec.msgpack.encode(machine.state), type=NodeState)
+                machine = NodeMachine(state, now)
+            case _:
+                message = m.decode(m.encode(event), "to")
+                machine.handle(peer, message, now, process=(peer, 1) if peer % 4 else None, available_bytes=2**50)
+        for action in machine.take():
+            if hasattr(action, "message"):
+                m.encode(action.message)
+        msgspec.msgpack.encode(machine.state)
