@@ -1,8 +1,11 @@
 """Where a job's daemon lives on this node: one private directory per job in the runtime directory.
 
     <runtime dir>/<job digest>/   0700
-        job.json   the job's name          socket   0600, SOCK_SEQPACKET
-        lock       flocked by the daemon   log      what daemon and keeper say
+        job.json   the job's name                        socket   0600, SOCK_SEQPACKET
+        lock       flocked by the daemon                 log      what daemon and keeper say
+        keeper     flocked by the keeper                 start    flocked by who starts a keeper
+
+A lock counts only while its file has its name: the directory goes with the daemon that leaves.
 
 Socket paths go through /proc/self/fd, so that a long runtime directory does not meet the 107-byte limit of AF_UNIX.
 """
@@ -24,6 +27,8 @@ from ckptd.core.config import runtime_dir
 from ckptd.core.errors import ConfigError, DaemonError
 from ckptd.core.types import Job
 
+CREATE_ATTEMPTS = 10
+
 
 class Address(NamedTuple):
     """A job's directory on this node."""
@@ -40,11 +45,24 @@ class Address(NamedTuple):
         return self.directory / "lock"
 
     @property
+    def keeper(self) -> Path:
+        return self.directory / "keeper"
+
+    @property
     def log(self) -> Path:
         return self.directory / "log"
 
     def create(self) -> None:
         """Makes the directory and writes the job's name. Raises ConfigError where others could get in."""
+        for attempt in range(CREATE_ATTEMPTS):
+            try:
+                self._create()
+                return
+            except FileNotFoundError:  # a daemon that leaves has removed it meanwhile
+                if attempt == CREATE_ATTEMPTS - 1:
+                    raise
+
+    def _create(self) -> None:
         for folder in (self.directory.parent, self.directory):
             with contextlib.suppress(FileExistsError):
                 folder.mkdir(mode=0o700, parents=folder is not self.directory)
@@ -118,11 +136,24 @@ def connect(address: Address) -> socket.socket:
 
 
 def take_lock(path: Path) -> int | None:
-    """The descriptor of an exclusively locked file, or None where another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """The descriptor of an exclusively locked file, or None where another process holds it or its directory is gone."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
         return None
-    return descriptor
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process holds the lock of a file."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

@@ -1,4 +1,5 @@
-"""Flushing: a sealed snapshot in memory becomes a committed checkpoint, in a thread that yields to training.
+"""The daemon's side of stores: epoch records, and flushing: a sealed snapshot in memory becomes a committed checkpoint,
+in a thread that yields to training.
 
 Reads slots by descriptor and verifies each chunk's checksum on the way, so that what is stored is what was captured.
 """
@@ -9,11 +10,13 @@ import contextlib
 import ctypes
 import os
 import threading
-from collections.abc import Callable
 
+from ckptd.core.errors import CkptdError
 from ckptd.core.types import SnapshotId
+from ckptd.protocol.actions import StartFlush, WriteRecord
 from ckptd.tiers.arena import SnapshotReader
 from ckptd.tiers.store import Store
+from ckptd.tiers.store.names import parse_checkpoint
 
 NICE = 10
 _IOPRIO_SET = 251 if os.uname().machine == "x86_64" else 30
@@ -37,36 +40,109 @@ class Progress:
             self.done_bytes += size
 
 
-def flush(
-    reader: SnapshotReader,
-    store: Store,
-    job: str,
-    keep: int | None,
-    progress: Progress,
-    cancelled: Callable[[], bool],
-) -> None:
-    """Commits the snapshot of `reader` to a store and prunes it to `keep`. Raises StoreError, CorruptionError.
+class Stores:
+    """The stores of one daemon, each opened once: a Store remembers what is in doubt after a failed fsync. Methods that
+    write run on worker threads."""
 
-    A step that is committed already is left as it is. Leftovers of an interrupted flush are removed on failure.
-    """
-    catalog = reader.catalog()
-    progress.total_bytes = int(catalog.raw.sum())
+    def __init__(self, job: str) -> None:
+        self.progress: Progress | None = None
+        self._job = job
+        self._opened: dict[str, Store] = {}
+        self._untidy: set[str] = set()
+        self._complaints: list[str] = []
+        self._cleaning = threading.Lock()
+        self._cancelled = threading.Event()
 
-    def read(row: int, into: memoryview) -> None:
-        reader.read(row, into)
-        progress.add(len(into))
+    def cancel(self) -> None:
+        """Whatever flush runs is given up."""
+        self._cancelled.set()
 
-    if not store.committed(reader.snapshot):
-        writer = store.writer(reader.snapshot, job)
+    def complaints(self) -> list[str]:
+        """What went wrong after checkpoints were committed, told once."""
+        told, self._complaints = self._complaints, []
+        return told
+
+    def write_record(self, action: WriteRecord) -> None:
+        """Makes the beginning of an epoch durable; StoreError where the store cannot be written."""
+        store = self._open(action.store)
+        store.probe()
+        store.write_record(action.record)
+        self._tidy(action.store)
+
+    def flush(self, reader: SnapshotReader, action: StartFlush) -> None:
+        """Commits the snapshot of `reader`, then prunes. A step that is committed already is left as it is. Raises
+        StoreError, CorruptionError; a failure to prune is a complaint, for the checkpoint exists."""
+        yield_to_training()
+        with self._cleaning:
+            self.progress = progress = Progress(action.snapshot)
         try:
-            part = writer.part(0).write(catalog, read, threads=_workers(), cancelled=cancelled)
+            store = self._open(action.store)
+            if action.store in self._untidy:
+                self._tidy(action.store)
+            if not store.committed(action.snapshot):
+                self._write(reader, store, action, progress)
+            if action.keep is not None:
+                self._prune(store, action)
+        finally:
+            self.progress = None
+
+    def _write(self, reader: SnapshotReader, store: Store, action: StartFlush, progress: Progress) -> None:
+        catalog = reader.catalog()
+        progress.total_bytes = int(catalog.raw.sum())
+
+        def read(row: int, into: memoryview) -> None:
+            reader.read(row, into)
+            progress.add(len(into))
+
+        writer = store.writer(action.snapshot, self._job)
+        try:
+            part = writer.part(0).write(catalog, read, threads=_workers(), cancelled=self._cancelled.is_set)
             writer.commit([part], reader.objects())
         except BaseException:
+            self._untidy.add(action.store)
             with contextlib.suppress(Exception):
                 writer.abort()
             raise
-    if keep is not None:
-        store.prune(keep)
+
+    def _open(self, uri: str) -> Store:
+        if uri not in self._opened:
+            self._opened[uri] = Store.open(uri, create=True)
+            self._untidy.add(uri)
+        return self._opened[uri]
+
+    def _prune(self, store: Store, action: StartFlush) -> None:
+        assert action.keep is not None
+        try:
+            store.prune(action.keep)
+        except CkptdError as error:
+            self._untidy.add(action.store)
+            self._complaints.append(f"older checkpoints could not be removed: {error}")
+
+    def _tidy(self, uri: str) -> None:
+        """Removes what interrupted flushes of this job have left."""
+        try:
+            with self._cleaning:
+                store = self._opened[uri]
+                store.clean(_foreign(store) if self.progress is None else _foreign(store) | {self.progress.snapshot})
+                self._untidy.discard(uri)
+        except CkptdError as error:
+            self._complaints.append(f"leftovers of interrupted flushes could not be removed: {error}")
+
+
+def _foreign(store: Store) -> set[SnapshotId]:
+    """Checkpoints without COMMIT that are not for this daemon to remove: somebody else may be writing them (this job's
+    epochs have a record in its store, those of a synchronous save have none), or the store is in doubt about them."""
+    own = {record.epoch for record in store.records()}
+    found = {identity for name, _ in store.broken() if (identity := parse_checkpoint(name)) is not None}
+    return {identity for identity in found if identity.epoch not in own or _in_doubt(store, identity)}
+
+
+def _in_doubt(store: Store, identity: SnapshotId) -> bool:
+    try:
+        store.committed(identity)
+    except CkptdError:
+        return True
+    return False
 
 
 def yield_to_training() -> None:

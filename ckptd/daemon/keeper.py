@@ -4,15 +4,17 @@ Standard library only, run as a script by path, so that it stays small. It speak
 SOCK_SEQPACKET pair. Packets: `K<name>` + descriptor (keep), `D<name>` (drop), `X` (the daemon leaves for good);
 a daemon that starts gets a `K` for everything kept, then `.`.
 
-    keeper.py --log FILE [--adopt FD] -- DAEMON COMMAND...
+    keeper.py --directory DIRECTORY [--adopt FD] -- DAEMON COMMAND...
 
 Without --adopt it detaches and starts the daemon; with it, it serves the daemon at the other end of FD, whose former
-keeper was killed. It ends when the daemon has left for good, or when daemons die faster than is worth restarting.
+keeper was killed. It ends when the daemon has left for good, or when daemons die faster than is worth restarting. A job
+has one keeper on a node: it holds the lock `keeper` in the job's directory, and a second one ends at once (BUSY).
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -22,6 +24,8 @@ import time
 
 RESTARTS, WITHIN_S = 5, 30.0
 PACKET = 4096
+BUSY = 3
+"""Exit status where there is a keeper already."""
 
 
 def main(arguments: list[str]) -> int:
@@ -29,8 +33,14 @@ def main(arguments: list[str]) -> int:
     split = arguments.index("--")
     options = dict(zip(arguments[:split:2], arguments[1:split:2], strict=True))
     command = arguments[split + 1 :]
+    directory = options["--directory"]
     adopted = options.get("--adopt")
     channel = None if adopted is None else socket.socket(fileno=int(adopted))
+    if not take_lock(os.path.join(directory, "keeper"), wait=channel is not None):
+        return BUSY
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     if channel is None:
         detach()
     with contextlib.suppress(OSError):
@@ -43,7 +53,7 @@ def main(arguments: list[str]) -> int:
             started = [t for t in started if now - t < WITHIN_S] + [now]
             if len(started) > RESTARTS:
                 return 1
-            channel = start(command, options["--log"], kept)
+            channel = start(command, os.path.join(directory, "log"), kept)
         if serve(channel, kept):
             return 0
         channel.close()
@@ -56,9 +66,16 @@ def detach() -> None:
         os._exit(0)
     os.setsid()
     os.chdir("/")
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
+def take_lock(path: str, wait: bool) -> bool:
+    """Locks a file until this process ends: the descriptor stays open. `wait`: its last holder is dying."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def start(command: list[str], log: str, kept: dict[bytes, int]) -> socket.socket:

@@ -7,12 +7,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import ckptd
 from ckptd.core.errors import DaemonError
 from ckptd.daemon import keeper
-from ckptd.daemon.address import Address, connect, take_lock
+from ckptd.daemon.address import Address, connect, is_locked, take_lock
 
 START_S = 30.0
 """How long a daemon may take to listen."""
@@ -38,7 +39,7 @@ def environment(address: Address) -> dict[str, str]:
 
 def start_keeper(address: Address, adopt: socket.socket | None = None) -> subprocess.Popen[bytes]:
     """A keeper: detached with a daemon of its own, or serving the daemon (the caller) at the other end of `adopt`."""
-    options = ["--log", str(address.log)]
+    options = ["--directory", str(address.directory)]
     descriptors: tuple[int, ...] = ()
     if adopt is not None:
         options += ["--adopt", str(adopt.fileno())]
@@ -54,9 +55,9 @@ def start_keeper(address: Address, adopt: socket.socket | None = None) -> subpro
     )
 
 
-def reach(address: Address, *, patience_s: float = 0.0) -> socket.socket:
+def reach(address: Address, *, patience_s: float = 0.0, given_up: Callable[[], bool] = lambda: False) -> socket.socket:
     """A connection to the job's daemon, started if it is not running; waits `patience_s` for one that may be coming up
-    by itself. Raises DaemonError with the end of its log."""
+    by itself. Raises DaemonError with the end of its log, or at once when `given_up()`."""
     deadline = time.monotonic() + START_S
     start_at = time.monotonic() + patience_s
     starting: int | None = None
@@ -66,6 +67,8 @@ def reach(address: Address, *, patience_s: float = 0.0) -> socket.socket:
                 return connect(address)
             except DaemonError as error:
                 now = time.monotonic()
+                if given_up():
+                    raise
                 if now >= deadline:
                     text = f"{error}; it did not start within {START_S:.0f} s. {_tail(address.log)}"
                     raise DaemonError(text) from None
@@ -78,11 +81,13 @@ def reach(address: Address, *, patience_s: float = 0.0) -> socket.socket:
 
 
 def _start_one(address: Address) -> int | None:
-    """Starts a keeper with its daemon unless another process is doing so; the lock to hold until it listens."""
+    """Starts a keeper with its daemon; the lock to hold until that listens. None where another process is doing so, or
+    a keeper lives: its daemon has just been killed and comes again, or leaves and makes room."""
     address.create()
     lock = take_lock(address.directory / "start")
-    if lock is not None:
-        start_keeper(address).wait(timeout=START_S)
+    if lock is not None and (is_locked(address.keeper) or start_keeper(address).wait(timeout=START_S) != 0):
+        os.close(lock)
+        return None
     return lock
 
 

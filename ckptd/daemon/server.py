@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import errno
 import logging
 import os
+import resource
+import secrets
 import signal
 import socket
 import struct
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,20 +27,20 @@ from typing import Any
 import msgspec
 
 from ckptd.core.config import node_name
-from ckptd.core.errors import CkptdError, FormatError
-from ckptd.core.types import Job
-from ckptd.daemon import flush as flushing
-from ckptd.daemon.address import Address, address_of, listen, take_lock
+from ckptd.core.errors import CkptdError, DaemonError, FormatError
+from ckptd.core.types import Job, SnapshotId
+from ckptd.daemon.address import Address, address_of, connect, is_locked, listen, take_lock
+from ckptd.daemon.flush import Stores
 from ckptd.daemon.launch import start_keeper
 from ckptd.daemon.wire import receive, send
 from ckptd.observe.logging import to_stderr
 from ckptd.protocol import messages as m
 from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, StartFlush, WriteRecord
 from ckptd.protocol.node import NodeMachine
-from ckptd.protocol.state import NodeState
+from ckptd.protocol.slots import SlotTable
+from ckptd.protocol.state import NodeState, recover
 from ckptd.tiers.arena import Ledger, Slot, SnapshotReader
 from ckptd.tiers.memory import headroom
-from ckptd.tiers.store import Store
 
 log = logging.getLogger("ckptd.daemon")
 
@@ -46,8 +48,14 @@ TICK_S = 0.25
 MAX_BACKLOG = 10_000
 """Messages that may wait for a connection that does not read; beyond it is cut."""
 
+MAX_STRANGERS = 512
+"""Connections that are no ranks: tools, ranks before their Hello. Where there are more, the oldest are cut."""
+
 LEAVE_S = 10.0
 """How long a cancelled flush may take to notice."""
+
+TAKE_S = 5.0
+"""How long a daemon that leaves may take for all else, and one that starts to listen."""
 
 
 class Peer:
@@ -124,36 +132,50 @@ class Daemon:
         kept = self._keeper.handed_over() if keeper is not None else {}
         ledger = kept.pop("ledger", None)
         self._ledger = Ledger(ledger) if ledger is not None else Ledger.create()
-        self._slots = {int(name.removeprefix("slot/")): Slot.open(fd) for name, fd in kept.items()}
+        self._slots: dict[int, Slot] = {}
+        for name, descriptor in kept.items():
+            self._take_over(name, descriptor)
         self._machine = NodeMachine(self._recover(), time.monotonic())
         self._peers: dict[int, Peer] = {}
         self._numbered = 0
         self._pieces: dict[int, int] = {}
         self._watched: dict[str, int] = {}
-        self._stores: dict[str, Store] = {}
-        self._flush: flushing.Progress | None = None
-        self._flush_lock = threading.Lock()
-        self._cancel_flush = threading.Event()
+        self._stores = Stores(address.job.name)
         self._tasks: set[asyncio.Future[None]] = set()
         self._leaving: asyncio.Future[str]
         self._listening: socket.socket
         if ledger is None:
             self._keeper.keep("ledger", self._ledger.descriptor)
 
+    def _take_over(self, name: str, descriptor: int) -> None:
+        """A slot of the daemon before us. One that does not describe itself any more is lost."""
+        try:
+            self._slots[int(name.removeprefix("slot/"))] = Slot.open(descriptor)
+        except FormatError as error:
+            log.error("%s is lost: %s", name, error)
+            os.close(descriptor)
+            self._keeper.drop(name)
+
     def _recover(self) -> NodeState:
-        """The state of the daemon before us, less the slots whose descriptors did not come over."""
+        """The state of the daemon before us, as far as its slots came over; else a new one."""
         payload = self._ledger.read()
-        if payload is None:
-            return NodeState(self._address.job.name)
-        state = msgspec.msgpack.decode(payload, type=NodeState)
-        table = state.table
-        lost = {slot.slot for slot in table.slots} - set(self._slots)
-        table.slots = [slot for slot in table.slots if slot.slot not in lost]
-        table.sealed = [sealed for sealed in table.sealed if not lost & set(sealed.slots.values())]
-        for granted in table.granted:
-            granted.dead = granted.dead or bool(lost & set(granted.slots.values()))
-        log.info("took over %d slots, epoch %s", len(self._slots), state.epoch)
+        state = NodeState(self._address.job.name, table=SlotTable(numbered=secrets.randbelow(10**9) * 1000))
+        if payload is not None:
+            try:
+                state = msgspec.msgpack.decode(payload, type=NodeState)
+            except msgspec.MsgspecError as error:
+                log.error("the ledger of the daemon before cannot be read, its snapshots are lost: %s", error)
+        for number in recover(state, self._slots):
+            self._drop(number)
+        if payload is not None:
+            log.info("took over %d slots, epoch %s", len(self._slots), state.epoch)
         return state
+
+    def _drop(self, number: int) -> None:
+        """Lets go of a slot."""
+        self._keeper.drop(f"slot/{number}")
+        if (slot := self._slots.pop(number, None)) is not None:
+            slot.close()
 
     def _kept(self) -> dict[str, int]:
         slots = {f"slot/{number}": slot.descriptor for number, slot in self._slots.items()}
@@ -183,9 +205,9 @@ class Daemon:
         self._carry_out()
 
     def _tick(self) -> None:
+        asyncio.get_running_loop().call_later(TICK_S, self._tick)
         self._machine.tick(time.monotonic())
         self._carry_out()
-        asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     def _keeper_speaks(self) -> None:
         """A keeper only speaks at the start: anything now is the end of its channel."""
@@ -195,7 +217,12 @@ class Daemon:
         loop.add_reader(self._keeper.fileno(), self._keeper_speaks)
 
     def _accept(self) -> None:
-        connection, _ = self._listening.accept()
+        try:
+            connection, _ = self._listening.accept()
+        except OSError as error:  # the other end is gone again, or descriptors have run out
+            log.warning("a connection could not be accepted: %s", error)
+            self._make_room(0 if error.errno in (errno.EMFILE, errno.ENFILE) else MAX_STRANGERS)
+            return
         connection.setblocking(False)
         self._numbered += 1
         peer = Peer(self._numbered, connection)
@@ -203,8 +230,16 @@ class Daemon:
             log.warning("refused a connection of uid %d", peer.uid)
             connection.close()
             return
+        self._make_room(MAX_STRANGERS - 1)
         self._peers[peer.number] = peer
         asyncio.get_running_loop().add_reader(connection.fileno(), self._readable, peer)
+
+    def _make_room(self, most: int) -> None:
+        """Cuts the oldest connections that are no ranks where there are more than `most`."""
+        ranks = {member.peer for member in self._machine.members.values()}
+        strangers = [peer for number, peer in self._peers.items() if number not in ranks]
+        for peer in strangers[: len(strangers) - most] if len(strangers) > most else ():
+            self._close(peer)
 
     def _readable(self, peer: Peer) -> None:
         try:
@@ -216,11 +251,15 @@ class Daemon:
             received = None
         except OSError:
             received = None
-        if received is None:
+        try:
+            if received is None:
+                self._close(peer)
+            else:
+                self._handle(peer, *received)
+            self._carry_out()
+        except Exception:
+            log.exception("connection %d (pid %d): its message could not be handled; cut", peer.number, peer.pid)
             self._close(peer)
-        else:
-            self._handle(peer, *received)
-        self._carry_out()
 
     def _handle(self, peer: Peer, message: m.Message, descriptors: list[int]) -> None:
         now = time.monotonic()
@@ -236,6 +275,9 @@ class Daemon:
                 return
             case m.Ready() if message.slot not in self._slots:
                 return
+            case m.Captured() if not self._holds(message):
+                log.error("connection %d: step %d is not in slot %d", peer.number, message.step, message.slot)
+                message = m.Missed(message.grant, "failed")
             case _:
                 pass
         for descriptor in descriptors:
@@ -259,9 +301,7 @@ class Daemon:
                 if (peer := self._peers.get(action.peer)) is not None:
                     self._close(peer)
             case Drop():
-                self._keeper.drop(f"slot/{action.slot}")
-                if (slot := self._slots.pop(action.slot, None)) is not None:
-                    slot.close()
+                self._drop(action.slot)
             case WriteRecord():
                 self._in_thread(self._write_record, action, self._recorded)
             case StartFlush():
@@ -371,6 +411,9 @@ class Daemon:
         expected = self._machine.state.table.get(number)
         try:
             slot = Slot.open(descriptor)
+            if number in self._slots and os.path.sameopenfile(descriptor, self._slots[number].descriptor):
+                os.close(descriptor)
+                return True
             if expected is None or number in self._slots:
                 raise FormatError(f"slot {number} is not expected")
             found = (slot.geometry.rank, slot.geometry.digest, slot.geometry.size)
@@ -383,6 +426,16 @@ class Daemon:
         self._slots[number] = slot
         self._keeper.keep(f"slot/{number}", descriptor)
         return True
+
+    def _holds(self, message: m.Captured) -> bool:
+        """Whether a slot holds what a rank says it has put there: nothing is sealed on its word alone."""
+        epoch, slot = self._machine.state.epoch, self._slots.get(message.slot)
+        if epoch is None or slot is None:
+            return False
+        try:
+            return slot.state().snapshot == SnapshotId(epoch, message.step)
+        except FormatError:
+            return False
 
     def _available(self) -> int:
         """Bytes that new slots may take: the machine's and the cgroups' headroom, and what the job allowed itself."""
@@ -412,33 +465,17 @@ class Daemon:
         task.add_done_callback(self._tasks.discard)
 
     def _write_record(self, action: WriteRecord) -> None:
-        store = self._open_store(action.store)
-        store.probe()
-        store.write_record(action.record)
-        with self._flush_lock:
-            store.clean(keep=() if self._flush is None else (self._flush.snapshot,))
-
-    def _open_store(self, uri: str) -> Store:
-        """One Store for the life of this process: it remembers what is in doubt after a failed fsync."""
-        if uri not in self._stores:
-            self._stores[uri] = Store.open(uri, create=True)
-        return self._stores[uri]
+        self._stores.write_record(action)
 
     def _recorded(self, action: WriteRecord, error: str | None) -> None:
         self._machine.recorded(action.peer, error, time.monotonic())
+        self._complain()
 
     def _run_flush(self, action: StartFlush) -> None:
-        flushing.yield_to_training()
-        slots = [Slot.open(os.dup(self._slots[number].descriptor)) for number in action.slots]
-        reader = SnapshotReader(action.snapshot, slots)
-        with self._flush_lock:
-            self._flush = flushing.Progress(action.snapshot)
-        try:
-            store = self._open_store(action.store)
-            flushing.flush(reader, store, self._address.job.name, action.keep, self._flush, self._cancel_flush.is_set)
-        finally:
-            reader.close()
-            self._flush = None
+        held = [self._slots[number] for number in action.slots]
+        reader = SnapshotReader(action.snapshot, [Slot(os.dup(slot.descriptor), slot.geometry) for slot in held])
+        with contextlib.closing(reader):
+            self._stores.flush(reader, action)
 
     def _flushed(self, action: StartFlush, error: str | None) -> None:
         now = time.monotonic()
@@ -448,33 +485,37 @@ class Daemon:
         else:
             log.error("flush of %s failed: %s", action.snapshot, error)
             self._machine.flush_failed(action.snapshot, action.store, error, now)
+        self._complain()
+
+    def _complain(self) -> None:
+        """What the store would not do, although nothing is lost by it, is counted and shown."""
+        state = self._machine.state
+        for complaint in self._stores.complaints():
+            log.error("%s", complaint)
+            state.counters["store_errors"] = state.counters.get("store_errors", 0) + 1
+            state.last_error = complaint[: m.MAX_TEXT]
 
     # --- the end
 
     def _report(self) -> dict[str, Any]:
-        progress = self._flush
+        progress = self._stores.progress
         return {
             "digest": self._address.job.digest,
             "node": node_name(),
             "pid": os.getpid(),
-            "flush": None
-            if progress is None
-            else {
-                "step": progress.snapshot.step,
-                "done_bytes": progress.done_bytes,
-                "total_bytes": progress.total_bytes,
-            },
+            "flush": None if progress is None else progress.report(),
         }
 
     async def _leave(self) -> None:
-        """Frees everything: connections, memory, keeper, files."""
-        self._cancel_flush.set()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=LEAVE_S)
+        """Frees everything: connections, memory, keeper, files. Who comes from now on waits for the next daemon, which
+        waits for the lock that this process holds to its end."""
         loop = asyncio.get_running_loop()
-        loop.remove_reader(self._keeper.fileno())
         loop.remove_reader(self._listening.fileno())
         self._listening.close()
+        self._stores.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=LEAVE_S)
+        loop.remove_reader(self._keeper.fileno())
         self._address.remove()
         self._keeper.leave()
         for peer in list(self._peers.values()):
@@ -491,9 +532,10 @@ class Daemon:
 def run(job: str, keeper: int | None = None) -> int:
     """The daemon of `job` on this node, until the job closes; returns the exit status. `keeper`: its channel."""
     to_stderr("ckptd-daemon")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     address = address_of(Job(job))
-    address.create()
-    lock = take_lock(address.lock)
+    lock = _lock(address, keeper is not None)
     if lock is None:
         log.error("another daemon serves job %r on this node (%s)", job, address.directory)
         if keeper is not None:
@@ -503,6 +545,25 @@ def run(job: str, keeper: int | None = None) -> int:
     reason = asyncio.run(Daemon(address, keeper).serve())
     log.info("leaving: %s", reason)
     return 0
+
+
+def _lock(address: Address, kept: bool) -> int | None:
+    """The job's lock on this node; None where another daemon serves it, or is about to: one without a keeper (not
+    `kept`) gives way to a keeper's, which has the arena. One that is leaving is waited for."""
+    until = time.monotonic() + LEAVE_S + TAKE_S
+    while True:
+        address.create()
+        lock = take_lock(address.lock)
+        if lock is not None and not kept and is_locked(address.keeper):
+            os.close(lock)
+            lock = None
+        if lock is not None or time.monotonic() > until:
+            return lock
+        try:
+            connect(address).close()
+            return None
+        except DaemonError:
+            time.sleep(0.05)
 
 
 def _close_all(descriptors: Sequence[int]) -> None:

@@ -7,19 +7,17 @@ what they last said (docs/protocol.md), so a killed daemon costs at most the sna
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
 import os
-import select
 import socket
 import threading
 import time
 from typing import Protocol
 
-from ckptd.core.errors import CkptdError, DaemonError, FormatError
+from ckptd.core.errors import CkptdError, FormatError
 from ckptd.daemon.address import Address
 from ckptd.daemon.launch import reach
-from ckptd.daemon.wire import receive, send
+from ckptd.daemon.wire import readable, receive, send
 from ckptd.protocol import messages as m
 
 log = logging.getLogger("ckptd.session")
@@ -51,6 +49,7 @@ class Session:
         self._handler = handler
         self._queue: collections.deque[tuple[m.Message, list[int]]] = collections.deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._waking = threading.Lock()
         self._ended = False
         self.lost = 0
         self._thread = threading.Thread(target=self._run, name="ckptd-session", daemon=True)
@@ -59,15 +58,21 @@ class Session:
     def say(self, message: m.Message, descriptors: list[int] | None = None) -> None:
         """Queues a message; `descriptors` are closed once sent."""
         self._queue.append((message, descriptors or []))
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        self._poke()
 
     def end(self, timeout_s: float = 5.0) -> None:
         """Sends what is queued and closes the connection."""
         self._ended = True
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        self._poke()
         self._thread.join(timeout_s)
+
+    def _poke(self) -> None:
+        """Wakes the thread; once that has ended, nobody sends what is queued."""
+        with self._waking:
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
+            else:
+                self._forget()
 
     def _run(self) -> None:
         while True:
@@ -80,13 +85,16 @@ class Session:
                 break
             self.lost += 1
             self._come_back()
-        os.close(self._wake)
+        with self._waking:
+            os.close(self._wake)
+            self._wake = -1
+            self._forget()
 
     def _converse(self) -> None:
         """Until the connection is lost (returns or raises) or the session has ended and all is sent."""
         while True:
-            readable, _, _ = select.select([self._connection.fileno(), self._wake], [], [])
-            if self._wake in readable:
+            ready = readable([self._connection, self._wake], None)
+            if self._wake in ready:
                 os.eventfd_read(self._wake)
                 while self._queue:
                     message, descriptors = self._queue[0]
@@ -96,13 +104,15 @@ class Session:
                         os.close(descriptor)
             if self._ended:
                 return
-            if self._connection.fileno() in readable:
+            if self._connection.fileno() in ready:
                 received = receive(self._connection, "from")
                 if received is None:
                     return
                 self._handle(*received)
 
     def _handle(self, message: m.Message, descriptors: list[int]) -> None:
+        if isinstance(message, m.Closed):
+            self._ended = True  # the daemon leaves: the end of its connection is no reason to start another
         try:
             self._handler.received(message, descriptors)
         except Exception:
@@ -111,15 +121,20 @@ class Session:
     def _come_back(self) -> None:
         while not self._ended:
             try:
-                self._connection = reach(self._address, patience_s=PATIENCE_S)
+                self._connection = reach(self._address, patience_s=PATIENCE_S, given_up=lambda: self._ended)
+                send(self._connection, self._hello)
                 break
-            except (CkptdError, DaemonError, OSError) as error:
-                log.warning("no daemon: %s", error)
-                time.sleep(RETRY_S)
-        again = [self._hello, *self._handler.repeat()]
-        for _, descriptors in self._queue:
+            except (CkptdError, OSError) as error:
+                if not self._ended:
+                    log.warning("no daemon: %s", error)
+                    time.sleep(RETRY_S)
+        self._forget()  # before repeating: what is said from now on comes after Hello, and at worst twice
+        for message in self._handler.repeat():
+            self.say(message)
+
+    def _forget(self) -> None:
+        """Drops what is queued."""
+        while self._queue:
+            _, descriptors = self._queue.popleft()
             for descriptor in descriptors:
                 os.close(descriptor)
-        self._queue.clear()
-        for message in again:
-            self.say(message)

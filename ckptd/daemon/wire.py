@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import socket
@@ -42,6 +43,15 @@ def receive(connection: socket.socket, direction: Literal["to", "from"]) -> tupl
         raise
 
 
+def readable(files: Sequence[socket.socket | int], timeout_s: float | None) -> list[int]:
+    """Descriptors that can be read, or whose other end is gone. select() would fail from descriptor 1024 on."""
+    poll = select.poll()
+    for file in files:
+        poll.register(file, select.POLLIN)
+    milliseconds = None if timeout_s is None else max(0, math.ceil(1000 * timeout_s))
+    return [descriptor for descriptor, _ in poll.poll(milliseconds)]
+
+
 def ask(
     connection: socket.socket, message: Message, deadline_s: float, descriptors: Sequence[int] = ()
 ) -> tuple[Any, list[int]]:
@@ -50,8 +60,7 @@ def ask(
     name = type(message).__name__
     try:
         send(connection, message, descriptors)
-        ready, _, _ = select.select([connection], [], [], max(0.0, until - time.monotonic()))
-        if not ready:
+        if not readable([connection], until - time.monotonic()):
             raise DeadlineError(f"the daemon did not answer {name} within {deadline_s:.0f} s")
         answer = receive(connection, "from")
     except OSError as error:

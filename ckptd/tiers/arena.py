@@ -256,13 +256,22 @@ class SnapshotReader:
     """
 
     def __init__(self, snapshot: SnapshotId, slots: Sequence[Slot]) -> None:
-        """Takes over the slots. Raises CorruptionError where one does not hold `snapshot` whole."""
+        """Takes over the slots. Raises CorruptionError where one does not hold `snapshot` whole, or none is here."""
         self.snapshot = snapshot
         self._slots = {slot.geometry.rank: slot for slot in slots}
+        try:
+            self._read_tables()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_tables(self) -> None:
         ranks = sorted(self._slots)
+        if not ranks:
+            raise CorruptionError(f"{self.snapshot}: its memory is lost")
         for rank in ranks:
-            if self._slots[rank].state().snapshot != snapshot:
-                raise CorruptionError(f"slot of rank {rank}: holds no whole {snapshot}")
+            if self._slots[rank].state().snapshot != self.snapshot:
+                raise CorruptionError(f"slot of rank {rank}: holds no whole {self.snapshot}")
         self._shared, own = share_objects([self._slots[rank].objects() for rank in ranks])
         rows, self._own_objects = object_rows(own, writer=len(ranks))
         self._catalog = Catalog.merge([*share_rows([self._slots[rank].catalog() for rank in ranks]), rows])
