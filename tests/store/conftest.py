@@ -5,14 +5,17 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
+import pyarrow.fs
 import pytest
 
 from ckptd.tiers.store import Store
 from ckptd.tiers.store.backend import BackEnd
 from ckptd.tiers.store.files import FileBackEnd
+from ckptd.tiers.store.filesystems import ObjectSystem
+from ckptd.tiers.store.object_store import ObjectBackEnd
 from tests.simulated_disk import SimulatedDisk
 
-KINDS = ["posix", "simulated", "objects in a directory", "fsspec", "s3"]
+KINDS = ["posix", "simulated", "objects in a directory", "flat", "fsspec", "s3"]
 
 
 @pytest.fixture(params=KINDS)
@@ -20,6 +23,9 @@ def every_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """An empty store of each kind."""
     if request.param == "simulated":
         return Store(FileBackEnd(SimulatedDisk()), "simulated")
+    if request.param == "flat":
+        system = ObjectSystem(pyarrow.fs.LocalFileSystem(), str(tmp_path), flat=True)
+        return Store(ObjectBackEnd(system, "flat"), "flat")
     if request.param == "s3":
         uri = request.getfixturevalue("s3").uri()
     elif request.param == "fsspec":

@@ -25,14 +25,16 @@ _NATIVE = ("abfs", "abfss", "hdfs", "viewfs")
 class ObjectSystem(NamedTuple):
     """A file system and the path of the store in it.
 
-    buckets: the first part of a path must exist. directories: they must be made before files in them. threads: one open
-    file may be read by several threads at a time.
+    buckets: the first part of a path must exist. directories: they must be made before files in them. flat: a listing
+    names only directories that were made, so one of everything must be asked for to see the others. threads: several
+    threads may read one open file at a time.
     """
 
     system: pafs.FileSystem
     root: str
     buckets: bool = False
     directories: bool = True
+    flat: bool = False
     threads: bool = True
 
 
@@ -43,9 +45,10 @@ def find(location: Location) -> ObjectSystem:
     if location.scheme in ("s3", "gs"):
         if not location.authority:
             raise ConfigError(f"store {location.uri}: names no bucket; expected {location.scheme}://bucket/path")
-        build = _s3 if location.scheme == "s3" else _gcs
+        google = location.scheme == "gs"
         root = "/".join((location.authority.rpartition("@")[2], *location.segments))
-        return ObjectSystem(build(location), root, buckets=True, directories=False)
+        system = _gcs(location) if google else _s3(location)
+        return ObjectSystem(system, root, buckets=True, directories=False, flat=google)
     if location.scheme in _NATIVE:
         system, root = pafs.FileSystem.from_uri(location.uri)
         return ObjectSystem(system, root, directories=not location.scheme.startswith("abfs"))

@@ -112,18 +112,35 @@ class ObjectBackEnd:
             return ObjectInput(self, path, file, self._ranges if self._place.threads else None)
 
     def list(self, path: Path) -> list[Entry]:
+        key = self._key(path)
         with named_errors(self.describe(path), "list"):
-            found = self._system.get_file_info(pafs.FileSelector(self._key(path)))
-        return [Entry(entry.base_name, entry.type is pafs.FileType.Directory) for entry in found]
+            selector = pafs.FileSelector(key, allow_not_found=True, recursive=self._place.flat)
+            found = self._system.get_file_info(selector)
+        if not found and path:  # where directories are but parts of names, an empty one is none
+            raise NotFoundError(f"{self.describe(path)}: list: nothing is there")
+        if not self._place.flat:
+            return [Entry(entry.base_name, entry.type is pafs.FileType.Directory) for entry in found]
+        entries: dict[str, bool] = {}
+        for entry in found:
+            name, inside, _ = entry.path.removeprefix(key + "/").partition("/")
+            entries[name] = entries.get(name, False) or bool(inside) or entry.type is pafs.FileType.Directory
+        return [Entry(name, is_directory) for name, is_directory in entries.items()]
 
     def discard(self, path: Path) -> None:
-        with contextlib.suppress(NotFoundError), named_errors(self.describe(path), "remove"):
-            self._system.delete_file(self._key(path))
+        self._remove(path, self._system.delete_file)
 
     def remove_tree(self, path: Path) -> None:
-        with contextlib.suppress(NotFoundError), named_errors(self.describe(path), "remove"):
-            self._system.delete_dir(self._key(path))
+        self._remove(path, self._system.delete_dir)
         self._made.clear()
+
+    def _remove(self, path: Path, remove: Callable[[str], None]) -> None:
+        """Each file system says in its own way that there is nothing to remove, so it is looked at instead."""
+        with named_errors(self.describe(path), "remove"):
+            try:
+                remove(self._key(path))
+            except Exception:
+                if self._information(path).type is not pafs.FileType.NotFound:
+                    raise
 
     def length(self, path: Path) -> int | None:
         """Bytes of an object as the system has it now; None if there is none."""
