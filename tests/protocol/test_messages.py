@@ -215,7 +215,7 @@ ANY = st.one_of(
 FAR_EVENTS = ["gone", "dead", "recorded", "flushed", "failed", "tick", "restart", "drain"]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.sampled_from(["", "start", "seal", "rank_death", "layout_change", "flush_failure", "zombie"]),
     st.lists(st.tuples(st.integers(1, 7), ANY | st.sampled_from(FAR_EVENTS)), max_size=60),
