@@ -10,8 +10,11 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import shlex
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,11 +35,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--state", type=parse_size, default=10**9, metavar="SIZE", help="bytes of state (default 1e9)")
     parser.add_argument("--ranks", type=int, default=1, help="processes that train and save together (default 1)")
     parser.add_argument("--rounds", type=int, default=3, help="trials of each contender (default 3)")
-    parser.add_argument("--saves", type=int, default=3, help="measured saves in a trial (default 3)")
-    parser.add_argument("--calm-steps", type=int, default=8, help="least steps in each stretch (default 8)")
-    parser.add_argument("--batch", type=int, default=256, help="rows per rank and step (default 256)")
+    parser.add_argument("--saves", type=int, default=2, help="measured saves in a trial (default 2)")
+    parser.add_argument("--calm-steps", type=int, default=6, help="least steps in each stretch (default 6)")
+    parser.add_argument("--batch", type=int, default=128, help="rows per rank and step (default 128)")
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="this contender; can be repeated")
-    parser.add_argument("--timeout-s", type=float, default=300.0, help="for each trial (default 300)")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="for each trial (default 600)")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="where to save, and for the tables")
     return parser.parse_args(arguments)
 
@@ -63,12 +66,10 @@ def _read(path: str) -> str:
         return ""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    names = options.only or list(CONTENDERS)
-    console = Console()
-    options.output.mkdir(parents=True, exist_ok=True)
-    scratch = options.output / "scratch"
+def run_all(
+    options: argparse.Namespace, names: Sequence[str], scratch: Path, console: Console
+) -> tuple[dict[str, list[Outcome]], dict[str, str]]:
+    """Every round of every contender: (outcomes by name, errors by name)."""
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
     failures: dict[str, str] = {}
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress.update(bar, description=name)
                 trial = Trial(
                     contender=name,
-                    directory=str(scratch / f"{number}-{name.replace(' ', '-')}"),
+                    directory=str(scratch / f"{number}-{re.sub('[^a-z.]+', '-', name)}"),
                     state_bytes=options.state,
                     batch=options.batch,
                     saves=options.saves,
@@ -91,12 +92,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     failures[name] = str(error)
                     console.print(f"{name}, round {number}: {error}", style="red", markup=False, soft_wrap=True)
                 progress.advance(bar)
+    return outcomes, failures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="scratch-", dir=options.output))  # the disk that is measured
+    try:
+        outcomes, failures = run_all(options, options.only or list(CONTENDERS), scratch, Console())
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     rows = [row(name, found) for name, found in outcomes.items() if found]
     if not rows:
         return 1
     machine = describe(options)
-    title = f"Saving {rows[0].state_bytes / 1e9:.2f} GB of training state"
-    text = markdown(title, machine, rows)
+    text = markdown(f"Saving {rows[0].state_bytes / 1e9:.2f} GB of training state", machine, rows)
     (options.output / "save.md").write_text(text)
     record = {"machine": machine, "rows": [dataclasses.asdict(one) for one in rows], "failures": failures}
     (options.output / "save.json").write_text(json.dumps(record, indent=1) + "\n")

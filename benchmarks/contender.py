@@ -73,6 +73,7 @@ class Blocking(Contender):
 # name in the tables -> (module, class)
 CONTENDERS = {
     "ckptd": ("benchmarks.ours", "Ckptd"),
+    "ckptd, memory only": ("benchmarks.ours", "CkptdMemory"),
     "torch.save": ("benchmarks.peers.torch_save", "TorchSave"),
     "dcp.save": ("benchmarks.peers.dcp", "DcpSave"),
     "dcp.async_save": ("benchmarks.peers.dcp", "DcpAsyncSave"),

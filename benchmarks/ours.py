@@ -23,15 +23,25 @@ class Ckptd(Contender):
 
     def __init__(self, workload: Workload, directory: Path) -> None:
         super().__init__(workload, directory)
-        self._store = directory / "store"
+        self._store: Path | None = self.store_in(directory)
         self._state: dict[str, Any] = {"model": workload.model, "optimizer": workload.optimizer}
         self._saved_step = 0
         self._failure: BaseException | None = None
         self._checkpointer = self._enter("never")
 
+    def store_in(self, directory: Path) -> Path | None:
+        """Where checkpoints go."""
+        return directory / "store"
+
     def _enter(self, resume: str) -> ckptd.Checkpointer:
         checkpointer = ckptd.Checkpointer(
-            self._state, self._store, snapshot_every=NEVER, flush_every=NEVER, keep=1, resume=resume
+            self._state,
+            self._store,
+            job=str(self.directory),
+            snapshot_every=NEVER,
+            flush_every=NEVER,
+            keep=1,
+            resume=resume,
         )
         checkpointer.__enter__()
         return checkpointer
@@ -43,7 +53,11 @@ class Ckptd(Contender):
             if self._checkpointer.snapshot() != step:
                 raise RuntimeError(f"step {step} was not captured")
             self.sealed_at = time.perf_counter()
-            threading.Thread(target=self._flush, args=(step,), daemon=True).start()
+            self.make_durable(step)
+
+    def make_durable(self, step: int) -> None:
+        """Begins to make a sealed step durable."""
+        threading.Thread(target=self._flush, args=(step,), daemon=True).start()
 
     def _flush(self, step: int) -> None:
         try:
@@ -59,7 +73,7 @@ class Ckptd(Contender):
             raise self._failure
 
     def load(self) -> None:
-        ckptd.load(self._state, self._store)
+        ckptd.load(self._state, str(self._store))
 
     def load_from_memory(self) -> float:
         """Seconds that a restart takes to have its state again: the job is left as by an exception and begun anew."""
@@ -75,7 +89,7 @@ class Ckptd(Contender):
         return seconds
 
     def saved(self) -> Path:
-        (directory,) = self._store.glob(f"step-{self._saved_step:08d}.*")
+        (directory,) = Path(str(self._store)).glob(f"step-{self._saved_step:08d}.*")
         return directory
 
     def discard(self, saved: Path) -> None:
@@ -83,3 +97,20 @@ class Ckptd(Contender):
 
     def close(self) -> None:
         self._checkpointer.__exit__(None, None, None)
+
+
+class CkptdMemory(Ckptd):
+    """Snapshots alone, without a store: what capture costs when nothing is written."""
+
+    def store_in(self, directory: Path) -> None:
+        return None
+
+    def make_durable(self, step: int) -> None:
+        """As durable as it gets: sealed."""
+        self.durable_at = self.sealed_at
+
+    def load(self) -> None:
+        self.load_from_memory()
+
+    def saved(self) -> Path:
+        return self.directory

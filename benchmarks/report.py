@@ -102,7 +102,8 @@ COLUMNS = (
 
 LEGEND = """\
 - stall: time the loop stood still for one save. sealed: until the state is safe from changes by training (for ckptd:
-  from the death of every trainer). durable: until it is fsynced on disk. All from the boundary at which the save began.
+  from the death of every trainer). durable: until it is fsynced on disk (`memory only`: never). All from the boundary
+  at which the save began.
 - training lost: time of the steps around a save above that of as many calm steps, per 1e9 bytes of state; a slow-down
   by background work is in it.
 - load: from disk into the live model and optimizer, page cache warm. Restart from memory: a new start of the job until
