@@ -18,13 +18,20 @@ CREDENTIALS = {
 }
 BUCKET = "checkpoints"
 
+SERVER = """
+import ctypes, signal
+from moto.server import main
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: tests that are killed leave no server behind
+main(["-H", "127.0.0.1", "-p", "0"])
+"""
+
 
 class S3Server:
     """Started when made; `endpoint` is host:port. CREDENTIALS must be in the environment of those who use it."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+            [sys.executable, "-c", SERVER],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
