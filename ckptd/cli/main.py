@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import ckptd
-from ckptd.cli import daemon, diff, flush, ls, output, prune, reshard, show, status, stop, verify
+from ckptd.cli import daemon, diff, export, flush, import_, ls, output, prune, reshard, show, status, stop, verify
 from ckptd.core.errors import CkptdError
 
 
@@ -41,8 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (ls, show, verify, diff, reshard, prune, status, flush, stop, daemon):
-    app.command(_module.__name__.rpartition(".")[2])(_module.command)
+for _module in (ls, show, verify, diff, reshard, export, import_, prune, status, flush, stop, daemon):
+    app.command(_module.__name__.rpartition(".")[2].rstrip("_"))(_module.command)
 
 
 def _print_version(wanted: bool) -> None:

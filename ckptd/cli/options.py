@@ -20,3 +20,13 @@ Layout = Annotated[
     str | None, typer.Option("--layout", metavar="FILE", help="Rules (TOML) of which rank holds what; else all of it.")
 ]
 Memory = Annotated[str, typer.Option("--memory", metavar="SIZE", help="How much memory to use, from 320M up.")]
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Bytes that an option names."""
+    from ckptd.core.config import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None

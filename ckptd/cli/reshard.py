@@ -27,7 +27,7 @@ def command(
     from ckptd.operations.reshard import plan_reshard, reshard
     from ckptd.tiers.store import open_checkpoint
 
-    wanted, room = read_layout(mesh, layout), parse_memory(memory)
+    wanted, room = read_layout(mesh, layout), options.parse_bytes(memory, "--memory")
     with open_checkpoint(source) as opened:
         if dry_run:
             plan = plan_reshard(opened, wanted, memory=room)
@@ -58,16 +58,6 @@ def read_layout(mesh: str, path: str | None) -> Layout:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"layout {path}: cannot be read: {error}") from None
     return Layout.parse(text, parsed, path)
-
-
-def parse_memory(text: str) -> int:
-    """Bytes that --memory names."""
-    from ckptd.core.config import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--memory") from None
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
