@@ -44,6 +44,9 @@ AUDITED_FIRST, AUDITED_EVERY = 3, 100
 OBJECTS_ROOM = 64 * 1024
 WAIT_SLICE_S = 0.5
 
+BOUNDARY_S = 0.002
+"""Boundaries that follow each other faster are not all told: the daemon would fall behind and grant what has passed."""
+
 
 class Holdings(msgspec.Struct, frozen=True):
     """What a rank tells the others of its state: its pieces, and second keys of tied tensors."""
@@ -79,7 +82,10 @@ class Statistics(msgspec.Struct):
 class Capture:
     """See the module docstring. Implements the session's Handler."""
 
-    def __init__(self, state: AppState, epoch: Epoch, rank: int, threads: int, options: Options) -> None:
+    def __init__(
+        self, state: AppState, epoch: Epoch, rank: int, threads: int, options: Options, durable: int = -1
+    ) -> None:
+        """`durable`: the step that was restored, if it is in the store already."""
         self.statistics = Statistics()
         self.session: Session | None = None
         self._state, self._epoch, self._rank, self._threads, self._options = state, epoch, rank, threads, options
@@ -96,11 +102,13 @@ class Capture:
         self._making = threading.Lock()
         self._objects_room = OBJECTS_ROOM
         self._boundary: m.Boundary | None = None
+        self._told_at = 0.0
         self._passed = -1
         self._requested: int | None = None
+        self._capturing: int | None = None
         self._standing: list[m.Message] = []
         self._sealed = -1
-        self._durable = -1
+        self._durable = durable
         self._answers: list[m.Message] = []
         self._failed_flush: tuple[int, str] | None = None
         self._refused: CkptdError | None = None
@@ -125,7 +133,10 @@ class Capture:
             self._boundary = m.Boundary(step, step_s)
         for slot in retired:
             slot.close()
-        self._say(self._boundary)
+        now = time.monotonic()
+        if now - self._told_at >= BOUNDARY_S:
+            self._told_at = now
+            self._say(self._boundary)
         if not updated:
             return
         self._answer_survey()
@@ -136,6 +147,7 @@ class Capture:
     def snapshot(self, step: int, deadline_s: float) -> None:
         """Captures `step`, at whose boundary every rank stands; returns when it is sealed. Raises DeadlineError."""
         until = time.monotonic() + deadline_s
+        self.close_window()
         with self._lock:
             if self._sealed >= step:
                 return
@@ -168,14 +180,16 @@ class Capture:
             self._window = None
             self._stalled(time.perf_counter() - started)
 
-    def wait(self, level: Level, step: int, timeout_s: float | None) -> Level:
-        """Until `step` has reached `level`. Raises StoreError, DeadlineError."""
-        until = None if timeout_s is None else time.monotonic() + timeout_s
+    def wait(self, level: Level, step: int, until: float | None) -> Level:
+        """Until a snapshot of `step` or later has reached `level`, or the monotonic time `until`. Raises StoreError,
+        DeadlineError, and what the daemon refused."""
         with self._lock:
             while True:
                 found = self._level(step)
                 if found is not None and found >= level:
                     return found
+                if self._refused is not None:
+                    raise self._refused
                 if self._failed_flush is not None and level is Level.DURABLE and self._failed_flush[0] >= step:
                     raise StoreError(self._failed_flush[1])
                 if until is not None:
@@ -183,7 +197,7 @@ class Capture:
                 self._changed.wait(WAIT_SLICE_S)
 
     def level(self, step: int) -> Level | None:
-        """The level of a step of this epoch, if it has one."""
+        """The level of the safest snapshot of `step` or a later one, if there is any."""
         with self._lock:
             return self._level(step)
 
@@ -252,7 +266,7 @@ class Capture:
             return Level.DURABLE
         if step <= self._sealed:
             return Level.SEALED
-        captured = any(isinstance(x, m.Captured) and x.step == step for x in self._outcomes.values())
+        captured = any(isinstance(x, m.Captured) and x.step >= step for x in self._outcomes.values())
         return Level.CAPTURED if captured else None
 
     # --- surveys and layouts
@@ -308,19 +322,30 @@ class Capture:
                 for number in message.create:
                     if number not in self._slots:
                         self._ready(number, Slot.create(made.geometry, made.table), fresh=True)
-        except (CkptdError, OSError) as error:
-            with self._lock:
-                self._refused = error if isinstance(error, CkptdError) else DaemonError(f"snapshot memory: {error}")
-                self._changed.notify_all()
+        except (CkptdError, OSError, ValueError) as error:
+            self._cannot(error if isinstance(error, CkptdError) else DaemonError(f"snapshot memory: {error}"))
 
     def _ready(self, number: int, slot: Slot, fresh: bool) -> None:
-        slot.map()
-        with self._lock:
-            if self._closed or number in self._slots:
-                slot.close()
-                return
-            self._slots[number] = slot
+        if number in self._slots:
+            slot.close()
+        else:
+            slot.map()
+            with self._lock:
+                if self._closed:
+                    slot.close()
+                    return
+                self._slots[number] = slot
         self._say(m.Ready(number), [os.dup(slot.descriptor)] if fresh else None)
+
+    def _cannot(self, error: CkptdError) -> None:
+        """No slots for the state. At the start that is an error of the job; later, training goes on without snapshots
+        rather than end by a fault of ours."""
+        with self._lock:
+            if self._sealed < 0:
+                self._refused = error
+                self._changed.notify_all()
+        if self._refused is not error:
+            log.error("no more snapshots are taken: %s", error)
 
     # --- capture
 
@@ -331,6 +356,7 @@ class Capture:
             due = sorted(g for g in self._grants if g <= step and g not in self._outcomes)
             for grant in due[:-1]:
                 self._settle(m.Missed(grant, "revoked"))
+            self._capturing = due[-1] if due else None
             return (due[-1], self._grants[due[-1]]) if due else None
 
     def _settle(self, outcome: m.Captured | m.Missed) -> None:
@@ -339,6 +365,8 @@ class Capture:
             if outcome.grant in self._outcomes:
                 return
             self._outcomes[outcome.grant] = outcome
+            if self._capturing == outcome.grant:
+                self._capturing = None
             if isinstance(outcome, m.Missed):
                 self.statistics.snapshots_skipped += 1
                 reasons = self.statistics.skip_reasons
@@ -356,7 +384,10 @@ class Capture:
         try:
             jobs = self._current_jobs(made)
             objects = pack_table(self._state.objects())
-            if made is None or slot is None or jobs is None or len(objects) > made.geometry.objects_bytes:
+            if made is None or slot is None or jobs is None or slot.geometry != made.geometry:
+                self._settle(m.Missed(grant, "layout"))
+                return
+            if len(objects) > made.geometry.objects_bytes:
                 self._settle(m.Missed(grant, "layout"))
                 return
             slot.begin()
@@ -364,14 +395,13 @@ class Capture:
             lazy = jobs.windowed if self._options.capture == "lazy" else jobs.windowed[:0]
             eager = jobs.eager if len(lazy) else np.concatenate([jobs.eager, jobs.windowed])
             jobs.copy(eager, slot.map(), capture.crcs, self._threads)
-        except CkptdError as error:
-            log.error("step %d is not captured: %s", step, error)
+            if len(lazy):
+                self._window = Window(capture, lazy, self._audits(), self._threads)
+            else:
+                capture.complete()
+        except Exception:  # whatever it is, training goes on
+            log.exception("step %d is not captured", step)
             self._settle(m.Missed(grant, "failed"))
-            return
-        if len(lazy):
-            self._window = Window(capture, lazy, self._audits(), self._threads)
-        else:
-            capture.complete()
         self._stalled(time.perf_counter() - started)
 
     def _current_jobs(self, made: Layout | None) -> CopyJobs | None:
@@ -402,6 +432,8 @@ class Capture:
             case m.Plan():
                 try:
                     self._plan(message.generation, descriptors)
+                except CkptdError as error:
+                    self._cannot(error)
                 finally:
                     _close_all(descriptors)
             case m.Allot():
@@ -429,7 +461,9 @@ class Capture:
     def _granted(self, message: m.Grant) -> None:
         with self._lock:
             known = self._outcomes.get(message.step)
-            if known is not None and self._requested == message.step and isinstance(known, m.Missed):
+            if self._capturing == message.step:
+                return  # its outcome will be said
+            if known is not None and self._requested == message.step and not _answers(known, message):
                 del self._outcomes[message.step]
                 known = None
             self._grants[message.step] = message.slot
@@ -442,8 +476,7 @@ class Capture:
 
     def _revoked(self, step: int) -> None:
         """The daemon takes a grant back. What is being copied under it goes on, and is settled when it ends."""
-        window = self._window
-        if window is not None and window.capture.grant == step:
+        if self._capturing == step:
             return
         known = self._outcomes.get(step)
         if known is not None:
@@ -468,6 +501,8 @@ class Capture:
                 log.error("step %d could not be made durable: %s", message.step, message.message)
             case m.Welcome():
                 self._rejoined(message)
+            case m.Refuse(error="ConfigError") if not self._standing:
+                self._cannot(refusal(message))
             case m.Refuse() if not self._standing:
                 self._refused = refusal(message)
             case _:
@@ -486,6 +521,11 @@ class Capture:
         for grant in [g for g in self._outcomes if g <= sealed]:
             del self._outcomes[grant]
             self._grants.pop(grant, None)
+
+
+def _answers(outcome: m.Captured | m.Missed, grant: m.Grant) -> bool:
+    """Whether an outcome is that of this very grant: a step that is asked for may be granted again."""
+    return isinstance(outcome, m.Captured) and outcome.slot == grant.slot
 
 
 def _close_all(descriptors: list[int]) -> None:

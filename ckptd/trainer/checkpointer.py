@@ -7,6 +7,7 @@ Owns the life of a job's epoch in this process: start and restore, the boundarie
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import datetime
 import logging
 import os
@@ -16,12 +17,13 @@ from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import msgspec
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptd.core.config import Options, World
-from ckptd.core.errors import ConfigError, FormatError, UnrecoverableError
+from ckptd.core.errors import ConfigError, FormatError
 from ckptd.core.types import Job, Level, SnapshotId
 from ckptd.daemon.address import Address, address_of
 from ckptd.daemon.session import Session
@@ -29,7 +31,7 @@ from ckptd.protocol import messages as m
 from ckptd.tiers.arena import SnapshotReader
 from ckptd.tiers.store import Store, StoredCheckpoint
 from ckptd.trainer import collective, start
-from ckptd.trainer.capture import Capture
+from ckptd.trainer.capture import Capture, Statistics
 from ckptd.trainer.restoring import restore_state
 from ckptd.trainer.signals import Terminator
 from ckptd.trainer.state import AppState
@@ -68,8 +70,10 @@ class Checkpointer:
         self._terminator: Terminator | None = None
         self._unhook: Callable[[], None] | None = None
         self._restored: dict[str, Any] | None = None
+        self._statistics = Statistics()
         self._step = 0
         self._open: int | None = None
+        self._left = False
         self._updates = 0
         self._updates_seen = 0
         self._always_updated = False
@@ -106,9 +110,8 @@ class Checkpointer:
 
     def _finish(self) -> None:
         """A clean end: the last step durable, the job closed."""
-        if self._open is not None and self._updated:
-            self._end_step(self._open)
-        self._open = None
+        self._left = True
+        self._count_left_body()
         if self._store is not None and self._step > 0:
             self.flush()
         self._running.close(m.Close(), CLOSE_S)
@@ -133,14 +136,15 @@ class Checkpointer:
             raise ConfigError("restore: the state is restored already; make a new Checkpointer to restore again")
         if self._group is None:
             raise ConfigError("restore: use the Checkpointer as a context manager (`with ckptd.Checkpointer(...)`)")
-        exact = step if step is not None else self._options.resume if isinstance(self._options.resume, int) else None
+        options = self._options if step is None else dataclasses.replace(self._options, resume=step)
 
         def wanted(snapshot: SnapshotId) -> bool:
-            return (exact is None or snapshot.step == exact) and (before is None or snapshot.step < before)
+            exact = snapshot.step == options.resume or not isinstance(options.resume, int)
+            return exact and (before is None or snapshot.step < before)
 
         excluded: list[tuple[SnapshotId, str]] = []
         while True:
-            entry = start.enter(self._address, self._group, self._options, self._policy(), wanted, excluded)
+            entry = start.enter(self._address, self._group, options, self._policy(), wanted, excluded)
             choice = entry.choice
             try:
                 age_s = self._load(entry)
@@ -151,15 +155,6 @@ class Checkpointer:
                 excluded.append((choice.snapshot, choice.source))
                 if self._group.rank == 0:
                     log.error("%s in %s cannot be restored, trying the next: %s", choice.snapshot, choice.source, error)
-                if choice.source == start.STORE and isinstance(self._options.resume, int):
-                    raise UnrecoverableError(f"{choice.snapshot} cannot be read: {error}") from error
-        if choice.snapshot is None and excluded:
-            entry.connection.close()
-            raise UnrecoverableError(
-                "no snapshot that was announced safe can be read: "
-                + "; ".join(f"{snapshot} in {source}" for snapshot, source in excluded)
-                + "; start with resume='never' to begin anew"
-            )
         self._begin(entry, age_s)
         return self._step
 
@@ -179,14 +174,14 @@ class Checkpointer:
                 opened.append(Store.open(self._store).reader(choice.snapshot))
             return b""
 
-        group.together(find)
-        origin = opened[0]
-        restore_state(self._state, group, origin, rng=True, what=f"{choice.snapshot} in {choice.source}")
-        if isinstance(origin, StoredCheckpoint):
-            return None
-        age_s = max(0.0, time.time() - origin.captured_at)
-        origin.close()
-        return age_s
+        try:
+            group.together(find)
+            origin = opened[0]
+            restore_state(self._state, group, origin, rng=True, what=f"{choice.snapshot} in {choice.source}")
+            return None if isinstance(origin, StoredCheckpoint) else max(0.0, time.time() - origin.captured_at)
+        finally:
+            for slot in entry.restore:
+                slot.close()
 
     def _begin(self, entry: start.Entry, age_s: float | None) -> None:
         """Everything is in place: the session starts, hooks are set."""
@@ -202,9 +197,11 @@ class Checkpointer:
         if self._grouped.rank == 0:
             _announce(self._address.job, self._restored)
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, self._world.local_size))
-        self._capture = Capture(self._state, choice.epoch, self._grouped.rank, threads, self._options)
+        durable = self._step if choice.durable else -1
+        self._capture = Capture(self._state, choice.epoch, self._grouped.rank, threads, self._options, durable)
         self._session = Session(self._address, entry.connection, entry.hello, self._capture)
         self._capture.start(self._session)
+        self._statistics = self._capture.statistics
         self._always_updated = not self._state.optimizers()
         self._unhook = register_optimizer_step_pre_hook(self._before_optimizer).remove
         self._terminator = Terminator(self._drain, self._options.grace_s)
@@ -232,22 +229,41 @@ class Checkpointer:
         step is taken when the loop's body ends; after `break` or `return` too, if an optimizer stepped in the body."""
         if self._restored is None:
             self.restore()
+        self._count_left_body()
         while stop is None or self._step < stop:
-            self._open = self._step + 1
-            yield self._open
+            self._open = number = self._step + 1
+            try:
+                yield number
+            except GeneratorExit:
+                self._left = True
+                raise
+            self._end_step(number)
+
+    def _count_left_body(self) -> None:
+        """Ends the step whose body was left by `break` or `return`, if an optimizer stepped in it. Not when the loop
+        is left but at the next occasion: an exception leaves it in the same way, and then nothing counts."""
+        if self._left and self._open is not None and self._updated:
             self._end_step(self._open)
-            self._open = None
+        if self._left:
+            self._open, self._left = None, False
 
     def step(self, n: int | None = None) -> int:
-        """Ends a step in a loop that counts itself; `n` is the number of steps completed. Returns it."""
-        if self._restored is None:
-            self.restore()
+        """Ends a step in a loop that counts itself; `n` is the number of steps completed. Returns it.
+
+        A loop should `restore` before its first step. Where it has not and there is something to restore, that is done
+        now and what was trained before is lost: the step that is restored is returned, and none is counted."""
+        if self._restored is None and self.restore() and n is None:
+            log.warning("step %d is restored after training had begun: call restore() before the loop", self._step)
+            return self._step
         self._end_step(self._step + 1 if n is None else n)
         return self._step
 
     def _end_step(self, step: int) -> None:
         if step <= self._step:
-            raise ConfigError(f"step {step} ends after step {self._step}: steps only grow")
+            raise ConfigError(
+                f"step {step} ends after step {self._step}: steps only grow; begin with the step after restore()"
+            )
+        self._open, self._left = None, False
         now = time.perf_counter()
         taken = now - self._boundary_at
         self._step_s = taken if not self._step_s else 0.8 * self._step_s + 0.2 * taken
@@ -276,49 +292,73 @@ class Checkpointer:
     def snapshot(self) -> int | None:
         """Captures the state at the last boundary now; every rank calls it. The step once it is sealed, None where the
         state has moved on since the boundary or nothing is done yet."""
-        if self._capture is None or self._step == 0 or (self._updated and not self._always_updated):
+        self._count_left_body()
+        if self._capture is None or not self._at_boundary:
             return None
         self._capture.snapshot(self._step, SEAL_S)
         return self._step
 
+    @property
+    def _at_boundary(self) -> bool:
+        """Whether the state is that of the last completed step."""
+        return self._step > 0 and (self._always_updated or not self._updated)
+
     def flush(self) -> int:
         """Makes the last completed step durable; every rank calls it. Returns the step. Raises StoreError (memory keeps
-        the snapshot), ConfigError without a store."""
+        the snapshot), ConfigError without a store. Where the state has moved on since the last boundary, it is the
+        newest sealed step."""
         if self._store is None:
             raise ConfigError("flush: this job has no store; give the Checkpointer one, or `ckptd flush --to PATH`")
-        self._running.close_window()
-        step = self.snapshot() or self._running.sealed
+        self._count_left_body()
+        running, step = self._running, self._step
+        if not self._at_boundary and running.level(step) is None:
+            step = running.sealed
+            log.warning("flush: the state has moved on from step %d, which was not captured", self._step)
         if step < 1:
-            raise ConfigError("flush: no step is captured yet")
-        if self._running.level(step) is not Level.DURABLE:
-            if self._grouped.rank == 0:
-                self._running.ask(m.Flush(), (m.Flushed,), None)
-            self._running.wait(Level.DURABLE, step, None)
+            raise ConfigError("flush: no step is captured, and the state is not that of a completed step")
+        self.wait(Level.DURABLE, step)
         return step
 
     def wait(
         self, level: str | Level = Level.DURABLE, step: int | None = None, timeout_s: float | None = None
     ) -> Level:
-        """Until `step` (the last completed one if None) has reached `level`. Raises DeadlineError, StoreError, and
-        ConfigError where the level cannot be reached. Waiting for "durable" flushes."""
-        wanted = Level(level)
-        target = self._step if step is None else step
+        """Until a snapshot of `step` (the last completed one if None) or a later step has reached `level`; every rank
+        calls it. Captures and flushes what is not. Raises DeadlineError, StoreError, and ConfigError at once where the
+        level cannot be reached."""
+        self._count_left_body()
+        running, wanted, target = self._running, _level(level), self._step if step is None else step
+        self._check_reachable(wanted, target)
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        in_memory = min(wanted, Level.SEALED)
+        found = running.level(target)
+        if self._at_boundary and (found is None or found < in_memory):
+            running.snapshot(self._step, SEAL_S if until is None else until - time.monotonic())
+        elif found is None:
+            raise ConfigError(
+                f"wait: step {target} was not captured, and the state has moved on; wait at a boundary, or call "
+                "snapshot() there"
+            )
+        running.wait(in_memory, target, until)
+        if wanted is Level.DURABLE and running.level(target) is not Level.DURABLE:
+            running.ask(m.Flush(), (m.Flushed,), None if until is None else until - time.monotonic())
+        return running.wait(wanted, target, until)
+
+    def _check_reachable(self, wanted: Level, step: int) -> None:
         if wanted is Level.PROTECTED:
             raise ConfigError("wait: level 'protected' needs several nodes; this job runs on one")
-        if wanted is Level.DURABLE:
-            if self._store is None:
-                raise ConfigError("wait: level 'durable' needs a store; this job has none")
-            if self._grouped.rank == 0 and self._running.level(target) is not Level.DURABLE:
-                self._running.ask(m.Flush(), (m.Flushed,), timeout_s)
-        return self._running.wait(wanted, target, timeout_s)
+        if wanted is Level.DURABLE and self._store is None:
+            raise ConfigError("wait: level 'durable' needs a store; this job has none")
+        if not 1 <= step <= self._step:
+            raise ConfigError(f"wait: step {step} is not completed; the last completed one is {self._step}")
 
     def level(self, step: int) -> Level | None:
-        """How safe a step of this epoch is; None if it was not captured (or is forgotten)."""
+        """How safe the work up to `step` is: the level of the safest snapshot of that step or a later one; None if no
+        such snapshot was taken."""
         return self._running.level(step)
 
     def statistics(self) -> dict[str, Any]:
-        """What the loop paid and got since this process started. Seconds, bytes, counts."""
-        numbers = {} if self._capture is None else {f: getattr(self._capture.statistics, f) for f in _NUMBERS}
+        """What the loop paid and got since it was restored; also after its end. Seconds, bytes, counts."""
+        numbers = msgspec.structs.asdict(self._statistics)
         lost = 0 if self._session is None else self._session.lost
         return {
             "restored": self._restored,
@@ -344,16 +384,11 @@ class Checkpointer:
         return self._group
 
 
-_NUMBERS = (
-    "steps",
-    "snapshots_captured",
-    "snapshots_sealed",
-    "snapshots_skipped",
-    "skip_reasons",
-    "stall_s_total",
-    "stall_s_last",
-    "bytes_captured",
-)
+def _level(level: str | Level) -> Level:
+    try:
+        return Level(level)
+    except ValueError:
+        raise ConfigError(f"level {level!r}: expected one of {', '.join(known.value for known in Level)}") from None
 
 
 def _not_finite(sources: Sequence[Source]) -> list[str]:

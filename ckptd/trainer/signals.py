@@ -86,14 +86,29 @@ class Terminator:
 
 
 _installed: set[Terminator] = set()
+_forking = threading.local()
 
 
-def _forked() -> None:
+def _before_fork() -> None:
+    """Until a child has our handler no more, a SIGTERM for it waits: the wakeup fd that it inherits is ours."""
+    if _installed:
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork() -> None:
+    mask = _forking.__dict__.pop("mask", None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _in_child() -> None:
     for terminator in list(_installed):
         terminator.leave_child()
+    _installed.clear()
+    _after_fork()
 
 
-os.register_at_fork(after_in_child=_forked)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 def _default(number: int) -> None:

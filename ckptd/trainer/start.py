@@ -24,6 +24,7 @@ from ckptd.core.types import Epoch, SnapshotId
 from ckptd.daemon.address import Address
 from ckptd.daemon.client import refusal, request
 from ckptd.daemon.launch import reach
+from ckptd.daemon.session import PATIENCE_S
 from ckptd.daemon.wire import ask
 from ckptd.protocol import messages as m
 from ckptd.tiers.arena import Slot
@@ -40,11 +41,13 @@ MEMORY, STORE, NOTHING = "memory", "store", "none"
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """What an epoch starts from. `source` is MEMORY, STORE or NOTHING (then `snapshot` is None)."""
+    """What an epoch starts from. `source` is MEMORY, STORE or NOTHING (then `snapshot` is None); `durable`: it is in
+    the store."""
 
     epoch: Epoch
     snapshot: SnapshotId | None
     source: str
+    durable: bool = False
 
 
 class Entry(NamedTuple):
@@ -176,7 +179,13 @@ def _choose(
     lineage = {record.epoch: record for record in [*promise.records, *records]}
     found = next((s for s in live(memory | durable, lineage.values()) if wanted(s)), None)
     if found is not None:
-        return Choice(epoch, found, MEMORY if found in memory else STORE)
+        return Choice(epoch, found, MEMORY if found in memory else STORE, found in durable)
+    if excluded:
+        raise UnrecoverableError(
+            "no snapshot that was announced safe can be read: "
+            + "; ".join(f"{snapshot} in {source}" for snapshot, source in excluded)
+            + "; start with resume='never' to begin anew"
+        )
     if options.resume != "auto":
         what = "any snapshot" if options.resume == "must" else f"step {options.resume}"
         raise NotFoundError(
@@ -187,8 +196,18 @@ def _choose(
 
 
 def _hello(address: Address, hello: m.Hello) -> tuple[socket.socket, list[Slot]]:
-    connection = reach(address)
-    answer, descriptors = ask(connection, hello, HELLO_S)
+    """Joins; a daemon that is killed meanwhile is started again by its keeper, and Hello may be repeated."""
+    until = time.monotonic() + HELLO_S
+    while True:
+        connection = reach(address, patience_s=PATIENCE_S)
+        try:
+            answer, descriptors = ask(connection, hello, HELLO_S)
+            break
+        except DaemonError:
+            connection.close()
+            if time.monotonic() >= until:
+                raise
     if isinstance(answer, m.Refuse):
+        connection.close()
         raise refusal(answer)
     return connection, [Slot.open(descriptor) for descriptor in descriptors]

@@ -46,6 +46,11 @@ class Home:
                     found.append(process)
         return found
 
+    def daemon(self) -> psutil.Process:
+        """The only daemon here."""
+        (found,) = [process for process in self.processes() if "ckptd.daemon" in process.cmdline()[:3]]
+        return found
+
     def stop(self) -> None:
         """`ckptd stop` for every job here; nothing is left afterwards."""
         for job in jobs():

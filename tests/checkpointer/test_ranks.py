@@ -17,7 +17,7 @@ TIMEOUT_S = 110.0
 
 
 def torchrun(home: Home, module: str, *arguments: str, restarts: int) -> subprocess.CompletedProcess[str]:
-    """Two ranks of a module. Restarts get a rendezvous store of their own: torch's shared one keeps keys of the dead."""
+    """Two ranks of a module. Each start has its own rendezvous store: torch's shared one keeps keys of the dead."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["--max-restarts", str(restarts), "-m", module, *arguments]
     environment = {
