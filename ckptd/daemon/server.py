@@ -32,7 +32,7 @@ from ckptd.core.types import Job, SnapshotId
 from ckptd.daemon.address import Address, address_of, connect, is_locked, listen, take_lock
 from ckptd.daemon.flush import Stores
 from ckptd.daemon.launch import start_keeper
-from ckptd.daemon.wire import receive, send
+from ckptd.daemon.wire import readable, receive, send
 from ckptd.observe.logging import to_stderr
 from ckptd.protocol import messages as m
 from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, StartFlush, WriteRecord
@@ -341,7 +341,8 @@ class Daemon:
                     break
                 loop.add_writer(peer.connection.fileno(), self._drain, peer)
                 return
-            except OSError:
+            except (OSError, FormatError) as error:
+                log.warning("connection %d (pid %d): %s", peer.number, peer.pid, error)
                 break
             peer.backlog.popleft()
             _close_all(descriptors)
@@ -391,8 +392,16 @@ class Daemon:
         descriptor = self._watched.pop(instance)
         asyncio.get_running_loop().remove_reader(descriptor)
         os.close(descriptor)
+        self._hear_out(instance)
         self._machine.dead(instance, time.monotonic())
         self._carry_out()
+
+    def _hear_out(self, instance: str) -> None:
+        """What a process said before its end counts: its last Captured may lie unread behind the news of its death."""
+        pid = self._machine.state.processes.get(instance, (0, 0))[0]
+        for peer in [peer for peer in self._peers.values() if peer.pid == pid]:
+            while peer.number in self._peers and readable([peer.connection], 0):
+                self._readable(peer)
 
     # --- memory
 
@@ -428,9 +437,14 @@ class Daemon:
         return True
 
     def _holds(self, message: m.Captured) -> bool:
-        """Whether a slot holds what a rank says it has put there: nothing is sealed on its word alone."""
-        epoch, slot = self._machine.state.epoch, self._slots.get(message.slot)
-        if epoch is None or slot is None:
+        """Whether a slot holds what a rank says it has put there: nothing is sealed on its word alone. What answers no
+        grant, or another slot's, is the machine's to pass over."""
+        state, slot = self._machine.state, self._slots.get(message.slot)
+        epoch = state.epoch
+        granted = None if epoch is None else state.table.find(epoch, message.grant)
+        if epoch is None or granted is None or message.slot not in granted.slots.values():
+            return True
+        if slot is None:
             return False
         try:
             return slot.state().snapshot == SnapshotId(epoch, message.step)

@@ -85,6 +85,8 @@ class Session:
                 break
             self.lost += 1
             self._come_back()
+            if self._connection.fileno() < 0:
+                break  # the session ended before it found a daemon
         with self._waking:
             os.close(self._wake)
             self._wake = -1
