@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import ckptd
 from ckptd.core.errors import CkptdError, ConfigError, FormatError
@@ -157,19 +158,32 @@ def test_dcp_loads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(same(again.read(f"model/{name}"), tensor) for name, tensor in tensors.items())
 
 
+def trained(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(steps)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * steps)
+    for _ in range(steps):
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_a_job_of_dcp_goes_on_with_ckptd(tmp_path: Path) -> None:
+    """The names of get_state_dict are ckptd's own, so that ckptd.load fills a job from what DCP wrote."""
+    model, optimizer = trained(2)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=tmp_path / "dcp")
+    imported(tmp_path / "dcp", tmp_path / "store", name="")
+    other, fresh = trained(1)
+    ckptd.load({"model": other, "optimizer": fresh}, tmp_path / "store")
+    assert same(other.weight.detach(), model.weight.detach())
+    assert fresh.param_groups[0]["lr"] == 0.2
+    assert same(fresh.state[other.bias]["exp_avg"], optimizer.state[model.bias]["exp_avg"])
+    assert same(fresh.state[other.bias]["step"], optimizer.state[model.bias]["step"])
+
+
 def test_everything_of_a_checkpoint(tmp_path: Path) -> None:
     """A job of ckptd goes on with DCP: what set_state_dict wants is there, by DCP's names."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    def trained(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-        torch.manual_seed(steps)
-        model = torch.nn.Linear(3, 2)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1 * steps)
-        for _ in range(steps):
-            model(torch.randn(4, 3)).sum().backward()
-            optimizer.step()
-        return model, optimizer
-
     model, optimizer = trained(2)
     ckptd.save({"model": model, "optimizer": optimizer, "tags": {"a": [1, "x"]}}, tmp_path / "store")
     out(tmp_path / "store", tmp_path / "dcp", prefix="")

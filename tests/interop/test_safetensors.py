@@ -270,13 +270,17 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path, monkeypatch: 
         imported(path, tmp_path / "store")
 
 
-def test_no_torch_is_needed(tmp_path: Path) -> None:
+def test_torch_is_not_loaded(tmp_path: Path) -> None:
+    """Reading any of the formats, and writing safetensors, is the work of a process without torch."""
     (tmp_path / "x.safetensors").write_bytes(safetensors_bytes({"a": GOOD}, FLOATS))
+    torch.save({"a": torch.ones(2, 3)}, tmp_path / "x.pt")
+    out(saved({"a": torch.ones(2, 3)}, tmp_path / "store"), tmp_path / "x.dcp", "dcp")
     script = (
         "import sys; from ckptd.cli.main import app\n"
-        f"app(['import', {str(tmp_path / 'x.safetensors')!r}, {str(tmp_path / 's')!r}], standalone_mode=False)\n"
-        f"app(['export', {str(tmp_path / 's')!r}, {str(tmp_path / 'out')!r}], standalone_mode=False)\n"
+        "for name in ('x.pt', 'x.dcp', 'x.safetensors'):\n"
+        "    app(['import', name, 'from-' + name], standalone_mode=False)\n"
+        "app(['export', 'from-x.safetensors', 'out'], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, cwd=tmp_path)
     assert parsed(tmp_path / "out" / "model.safetensors")[1] == FLOATS
