@@ -1,4 +1,4 @@
-"""`ckptd export CHECKPOINT TARGET`: a checkpoint as safetensors, as a directory of torch.distributed.checkpoint, or as a
+"""`ckptd export CHECKPOINT TARGET`: a checkpoint as safetensors, a directory of torch.distributed.checkpoint, or a
 file of torch.save."""
 
 from __future__ import annotations

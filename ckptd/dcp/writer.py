@@ -33,7 +33,7 @@ from ckptd.core.catalog import Catalog
 from ckptd.core.config import node_name
 from ckptd.core.errors import CkptdError, ConfigError, NotFoundError, StoreError
 from ckptd.core.native import address_of, copy_bytes, crc32c
-from ckptd.core.types import Epoch, SnapshotId
+from ckptd.core.types import SnapshotId
 from ckptd.dcp.names import Path, check_names, join_objects, key_of
 from ckptd.dcp.options import checked_step, checked_threads
 from ckptd.dcp.values import bytes_of, dtype_name, encode, encode_saved, part_of, usable
@@ -203,7 +203,7 @@ class _Attempt:
 
     def __init__(self, owner: StorageWriter, step: int) -> None:
         self.store = Store.open(owner.path, create=True)
-        self.id = _new_name(self.store, step, owner.overwrite)
+        self.id = self.store.new_name(step, replace=owner.overwrite)
         self.writer = self.store.writer(self.id, self.store.uri)
         self._removal = weakref.finalize(owner, _clean, self.store, self.writer, os.getpid())
         try:
@@ -355,18 +355,6 @@ def _encoded(planner: SavePlanner, item: WriteItem) -> bytes:
     if lookup is not None:
         return encode(lookup(item.index), item.index.fqn)
     return encode_saved(planner.resolve_data(item), item.index.fqn)
-
-
-def _new_name(store: Store, step: int, overwrite: bool) -> SnapshotId:
-    """A name that no other writer has; StoreError where the step is committed and may not be replaced."""
-    existing = store.checkpoints()
-    taken = [name for name in existing if name.step == step]
-    if taken and not overwrite:
-        raise StoreError(
-            f"{store.uri}: {taken[0]} is committed already; give another step=, or overwrite=True to replace it"
-        )
-    numbers = [name.epoch.number for name in existing] + [record.epoch.number for record in store.records()]
-    return SnapshotId(Epoch(max(numbers, default=0) + 1, secrets.token_hex(8)), step)
 
 
 def _caching() -> ConfigError:

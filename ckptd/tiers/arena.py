@@ -5,7 +5,7 @@ A slot is one memfd of one rank with room for one snapshot of that rank, and des
     page 0   geometry: rank, layout digest, where the parts lie; written once, checksummed
     page 1-2 two state records, written in turn, checksummed: which snapshot the slot holds (or that it is
              being written); the valid record with the higher sequence number counts, so a torn write loses nothing
-    table    the catalog of the rank's chunks (format/table.py); then CRCs, objects, and the data from a page boundary on
+    table    the catalog of the rank's chunks (format/table.py); then CRCs, objects, and the data from a page on
 
 The trainer writes, the daemon and other readers only read, by descriptor; they copy bytes out first and verify the
 copy. Sealed against shrinking and growing, so that a reader never meets SIGBUS.

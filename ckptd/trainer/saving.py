@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import secrets
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,9 @@ import torch
 from ckptd.core.box import Box, contiguous_strides
 from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.config import node_name
-from ckptd.core.errors import CkptdError, ConfigError, NotFoundError, StoreError
+from ckptd.core.errors import CkptdError, ConfigError, NotFoundError
 from ckptd.core.native import address_of, copy_boxes, crc32c
-from ckptd.core.types import Epoch, SnapshotId
+from ckptd.core.types import SnapshotId
 from ckptd.plan.save import Piece, plan_save
 from ckptd.plan.share import OBJECTS_FILE, object_rows, share_objects, share_rows, with_aliases
 from ckptd.tiers.store import CheckpointWriter, Part, Store
@@ -149,7 +148,7 @@ class _Save:
         if self._group.rank == 0:
             self._store = Store.open(self._path, create=True)
             self._store.probe()
-            proposal.name = _new_name(self._store, self._step, self._overwrite)
+            proposal.name = self._store.new_name(self._step, replace=self._overwrite)
             proposal.job = self._store.uri
         return msgspec.msgpack.encode(proposal)
 
@@ -206,18 +205,6 @@ class _Save:
         if self._writer is not None:
             with contextlib.suppress(CkptdError, OSError):
                 self._writer.abort()
-
-
-def _new_name(store: Store, step: int, overwrite: bool) -> SnapshotId:
-    """A name no other writer has; StoreError where the step is committed and may not be replaced."""
-    existing = store.checkpoints()
-    taken = [name for name in existing if name.step == step]
-    if taken and not overwrite:
-        raise StoreError(
-            f"{store.uri}: {taken[0]} is committed already; give another step=, or overwrite=True to replace it"
-        )
-    numbers = [name.epoch.number for name in existing] + [record.epoch.number for record in store.records()]
-    return SnapshotId(Epoch(max(numbers, default=0) + 1, secrets.token_hex(8)), step)
 
 
 def _first_holder(digests: Sequence[Mapping[str, bytes]], path: str) -> int:

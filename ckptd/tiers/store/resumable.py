@@ -138,9 +138,10 @@ class ResumableWriter:
             for number in range(len(part.data))
         }
         for path in ((directory,), (directory, names.DATA), (directory, names.MANIFEST)):
-            for name, is_directory in self._back_end.list(path):
-                if not is_directory and (*path, name) not in kept:
-                    self._back_end.discard((*path, name))
+            with contextlib.suppress(NotFoundError):  # an object store has no directory without an object
+                for name, is_directory in self._back_end.list(path):
+                    if not is_directory and (*path, name) not in kept:
+                        self._back_end.discard((*path, name))
 
 
 @contextlib.contextmanager

@@ -146,6 +146,18 @@ class Store:
             raise
         return True
 
+    def new_name(self, step: int, *, replace: bool) -> SnapshotId:
+        """A name for a checkpoint of `step` outside any epoch of a job, which no other writer has: above all epochs
+        here. StoreError where the step is committed, unless it is to be `replace`d."""
+        existing = self.checkpoints()
+        taken = [name for name in existing if name.step == step]
+        if taken and not replace:
+            raise StoreError(
+                f"{self.uri}: {taken[0]} is committed already; give another step=, or overwrite=True to replace it"
+            )
+        numbers = [name.epoch.number for name in existing] + [record.epoch.number for record in self.records()]
+        return SnapshotId(Epoch(max(numbers, default=0) + 1, secrets.token_hex(8)), step)
+
     def writer(self, identity: SnapshotId, job: str, *, joined: bool = False) -> CheckpointWriter:
         """Begins to write a checkpoint. A leftover of an earlier attempt is removed first. `joined`: the root of the
         epoch did this already, on another node, and will commit; this process adds parts.
