@@ -100,6 +100,7 @@ class Capture:
         self._slots: dict[int, Slot] = {}
         self._retired: list[Slot] = []
         self._making = threading.Lock()
+        self._maker: threading.Thread | None = None
         self._objects_room = OBJECTS_ROOM
         self._boundary: m.Boundary | None = None
         self._told_at = 0.0
@@ -243,6 +244,8 @@ class Capture:
                 self._say(message)
             self._closed = True
             self.session.end()
+        if self._maker is not None:
+            self._maker.join()  # it may be in native code, which the end of the interpreter must not meet
         with self._lock:
             for slot in [*self._slots.values(), *self._retired]:
                 slot.close()
@@ -309,7 +312,9 @@ class Capture:
         if made is None or made.generation != message.generation:
             _close_all(descriptors)
             return
-        threading.Thread(target=self._make, args=(made, message, descriptors), name="ckptd-slots", daemon=True).start()
+        arguments = (made, message, descriptors)
+        self._maker = threading.Thread(target=self._make, args=arguments, name="ckptd-slots", daemon=True)
+        self._maker.start()
 
     def _make(self, made: Layout, message: m.Allot, descriptors: list[int]) -> None:
         try:
@@ -320,7 +325,7 @@ class Capture:
                 for number, descriptor in zip(message.reuse, descriptors, strict=True):
                     self._ready(number, Slot.open(descriptor), fresh=False)
                 for number in message.create:
-                    if number not in self._slots:
+                    if number not in self._slots and not self._closed:
                         self._ready(number, Slot.create(made.geometry, made.table), fresh=True)
         except (CkptdError, OSError, ValueError) as error:
             self._cannot(error if isinstance(error, CkptdError) else DaemonError(f"snapshot memory: {error}"))
