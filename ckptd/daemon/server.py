@@ -21,7 +21,6 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -32,6 +31,7 @@ from ckptd.core.types import Job, SnapshotId
 from ckptd.daemon.address import Address, address_of, connect, is_locked, listen, take_lock
 from ckptd.daemon.flush import Stores
 from ckptd.daemon.launch import start_keeper
+from ckptd.daemon.processes import Watch, identify
 from ckptd.daemon.wire import readable, receive, send
 from ckptd.observe.logging import to_stderr
 from ckptd.protocol import messages as m
@@ -139,7 +139,7 @@ class Daemon:
         self._peers: dict[int, Peer] = {}
         self._numbered = 0
         self._pieces: dict[int, int] = {}
-        self._watched: dict[str, int] = {}
+        self._processes = Watch(self._ended)
         self._stores = Stores(address.job.name)
         self._tasks: set[asyncio.Future[None]] = set()
         self._leaving: asyncio.Future[str]
@@ -187,8 +187,8 @@ class Daemon:
         """Until the machine says to leave; returns why."""
         loop = asyncio.get_running_loop()
         self._leaving = loop.create_future()
-        for instance, (pid, started) in list(self._machine.state.processes.items()):
-            self._watch(instance, pid, started)
+        for instance, process in list(self._machine.state.processes.items()):
+            self._watch(instance, process)
         self._listening = listen(self._address)
         loop.add_reader(self._listening.fileno(), self._accept)
         loop.add_reader(self._keeper.fileno(), self._keeper_speaks)
@@ -263,28 +263,27 @@ class Daemon:
 
     def _handle(self, peer: Peer, message: m.Message, descriptors: list[int]) -> None:
         now = time.monotonic()
-        process, available = None, 0
+        process, available, known, rank = None, 0, True, self._machine.members.of(peer.number)
         match message:
             case m.Hello():
-                process = self._identify(peer.pid)
+                process = identify(peer.pid)
             case m.Pieces() if descriptors:
                 self._take_pieces(peer, descriptors.pop())
             case m.Layout():
                 available = self._available()
-            case m.Ready() if descriptors and not self._take_slot(message.slot, descriptors.pop()):
-                return
-            case m.Ready() if message.slot not in self._slots:
-                return
-            case m.Captured() if not self._holds(message):
-                log.error("connection %d: step %d is not in slot %d", peer.number, message.step, message.slot)
+            case m.Ready() if rank is not None:
+                taken = not descriptors or self._take_slot(message.slot, descriptors.pop())
+                known = taken and message.slot in self._slots
+            case m.Captured() if rank is not None and not self._holds(message):
+                log.error("pid %d: step %d is not in slot %d", peer.pid, message.step, message.slot)
                 message = m.Missed(message.grant, "failed")
             case _:
                 pass
-        for descriptor in descriptors:
-            os.close(descriptor)
-        self._machine.handle(peer.number, message, now, process=process, available_bytes=available)
+        _close_all(descriptors)
+        if known:
+            self._machine.handle(peer.number, message, now, process=process, available_bytes=available)
         if isinstance(message, m.Hello) and process is not None:
-            self._watch(message.instance, *process)
+            self._watch(message.instance, process)
 
     def _carry_out(self) -> None:
         """Persists what was decided, then acts."""
@@ -323,7 +322,7 @@ class Daemon:
         if isinstance(message, m.Report):
             message = m.Report({**message.report, **self._report()})
         held = [os.dup(self._slots[n].descriptor) for n in action.slots if n in self._slots]
-        held += [_read_only(self._slots[n].descriptor) for n in action.readable if n in self._slots]
+        held += [self._readable_slot(n) for n in action.readable if n in self._slots]
         held += [_read_only(self._pieces[n]) for n in action.pieces if n in self._pieces]
         peer.backlog.append((message, held))
         self._drain(peer)
@@ -368,30 +367,11 @@ class Daemon:
 
     # --- processes
 
-    def _identify(self, pid: int) -> tuple[int, int] | None:
-        started = _start_time(pid)
-        return None if started is None else (pid, started)
-
-    def _watch(self, instance: str, pid: int, started: int) -> None:
-        """Liveness is the pidfd: a forked DataLoader worker may hold the socket open after its parent's death."""
-        if instance in self._watched:
-            return
-        try:
-            descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:
-            descriptor = -1
-        if descriptor < 0 or _start_time(pid) != started:
-            if descriptor >= 0:
-                os.close(descriptor)
+    def _watch(self, instance: str, process: tuple[int, int]) -> None:
+        if not self._processes.add(instance, process):
             self._machine.dead(instance, time.monotonic())
-            return
-        self._watched[instance] = descriptor
-        asyncio.get_running_loop().add_reader(descriptor, self._ended, instance)
 
     def _ended(self, instance: str) -> None:
-        descriptor = self._watched.pop(instance)
-        asyncio.get_running_loop().remove_reader(descriptor)
-        os.close(descriptor)
         self._hear_out(instance)
         self._machine.dead(instance, time.monotonic())
         self._carry_out()
@@ -458,6 +438,13 @@ class Daemon:
         if policy is not None and policy.memory_bytes is not None:
             room = min(room, policy.memory_bytes - sum(slot.size for slot in self._machine.state.table.slots))
         return max(0, room)
+
+    def _readable_slot(self, number: int) -> int:
+        """A read-only descriptor of a slot that describes itself."""
+        slot = self._slots[number]
+        if slot.mend():
+            log.error("slot %d: its geometry was damaged and is written anew", number)
+        return _read_only(slot.descriptor)
 
     # --- the store, in threads
 
@@ -587,12 +574,3 @@ def _close_all(descriptors: Sequence[int]) -> None:
 
 def _read_only(descriptor: int) -> int:
     return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def _start_time(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a process: with the pid, it names a process for good."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(text.rpartition(")")[2].split()[19])

@@ -5,7 +5,8 @@ A slot is one memfd of one rank with room for one snapshot of that rank, and des
     page 0   geometry: rank, layout digest, where the parts lie; written once, checksummed
     page 1-2 two state records, written in turn, checksummed: which snapshot the slot holds (or that it is
              being written); the valid record with the higher sequence number counts, so a torn write loses nothing
-    table    the catalog of the rank's chunks (format/table.py); then CRCs, objects, and the data from a page on
+    table    the catalog of the rank's chunks (format/table.py), which the layout digest covers; then CRCs, objects, and
+             the data from a page on
 
 The trainer writes, the daemon and other readers only read, by descriptor; they copy bytes out first and verify the
 copy. Sealed against shrinking and growing, so that a reader never meets SIGBUS.
@@ -100,10 +101,9 @@ def layout(rank: int, catalog: Catalog, objects_bytes: int) -> tuple[Geometry, b
     crc_offset = 3 * PAGE + _aligned(len(table))
     objects_offset = crc_offset + _aligned(4 * len(catalog))
     data_offset = objects_offset + _aligned(objects_bytes)
-    digest = hashlib.sha256(b"%d/%d/" % (rank, objects_bytes) + table).hexdigest()[:32]
     return Geometry(
         rank,
-        digest,
+        _digest(rank, objects_bytes, table),
         3 * PAGE,
         len(table),
         crc_offset,
@@ -160,6 +160,14 @@ class Slot:
             raise FormatError(f"slot: {os.fstat(descriptor).st_size} bytes, its geometry says {geometry.size}")
         return cls(descriptor, geometry)
 
+    def mend(self) -> bool:
+        """Writes the geometry anew where it is damaged, from what is known of it; whether it was."""
+        known = msgspec.msgpack.encode(self.geometry)
+        if _read_record(self.descriptor, 0, _GEOMETRY, PAGE) == (1, known):
+            return False
+        _write_record(self.descriptor, 0, _GEOMETRY, 1, known)
+        return True
+
     # --- writing (trainer)
 
     def map(self) -> int:
@@ -199,6 +207,8 @@ class Slot:
         """The chunks of the snapshot in the slot, with their CRCs. Raises CorruptionError."""
         if self._catalog is None:
             table = os.pread(self.descriptor, self.geometry.table_bytes, self.geometry.table_offset)
+            if _digest(self.geometry.rank, self.geometry.objects_bytes, table) != self.geometry.digest:
+                raise CorruptionError(f"slot of rank {self.geometry.rank}: its table of chunks is damaged")
             self._catalog = decode_table(table)
             if len(self._catalog) != self.geometry.chunks:
                 raise CorruptionError(f"slot of rank {self.geometry.rank}: its table has another number of chunks")
@@ -233,11 +243,13 @@ class Slot:
             )
 
     def close(self) -> None:
-        """Unmaps and closes; the memory lives as long as somebody else holds the memfd."""
+        """Unmaps and closes; the memory lives as long as somebody else holds the memfd. Idempotent."""
         if self._mapping is not None:
             self._mapping.close()
             self._mapping = None
-        os.close(self.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
 
     def _newest_state(self) -> tuple[int, bytes] | None:
         records = [_read_record(self.descriptor, page * PAGE, _STATE, PAGE) for page in (1, 2)]
@@ -340,6 +352,11 @@ class Ledger:
             return None
         self._sequence, self._last = newest
         return newest[1]
+
+
+def _digest(rank: int, objects_bytes: int, table: bytes) -> str:
+    """What names a layout; the geometry has it, so that a damaged table is found."""
+    return hashlib.sha256(b"%d/%d/" % (rank, objects_bytes) + table).hexdigest()[:32]
 
 
 def _aligned(size: int) -> int:

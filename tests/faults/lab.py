@@ -24,11 +24,12 @@ from typing import Any, Protocol, TypeVar
 import pytest
 
 from ckptd.core.config import Options
-from ckptd.core.errors import CkptdError
+from ckptd.core.errors import CkptdError, FormatError
 from ckptd.core.types import Job
 from ckptd.daemon.address import Address
 from ckptd.daemon.client import Control
-from ckptd.tiers.store import Store
+from ckptd.tiers.arena import Ledger
+from ckptd.tiers.store import Store, open_checkpoint
 from tests.faults.inject import sitecustomize as inject
 
 HERE = Path(__file__).resolve().parent
@@ -56,9 +57,10 @@ def until(condition: Callable[[], T], what: str | Callable[[], str], limit_s: fl
 class Fault:
     """`action` at the `call`-th passing (counted per process) of `point`, `before` or `after` it, in `process`.
 
-    `point`: module:function, or a moment that train.py names ("step", "backward"). `match`: only where the arguments
-    or the file's path contain it. `action`: "kill" or "stop" (itself, or the roles named after it), "hold" (until
-    released), "EIO", "ENOSPC" (raised). A `lasting` one repeats from the `call`-th passing on, until disarmed.
+    `point`: module:function, or a moment that train.py names ("step", "backward"). `match`: only where this pattern
+    is found in the arguments or the file's path. `action`: "kill" or "stop" (itself, or the roles named after it),
+    "hold" (until released), "EIO", "ENOSPC" (raised), "note" (the arguments go into a file). A `lasting` one repeats
+    from the `call`-th passing on, until disarmed.
     """
 
     point: str
@@ -94,14 +96,17 @@ class Nursery:
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
 
-    def launch(self, arguments: list[str], variables: dict[str, str], directory: Path, output: Path) -> Born:
-        """A trainer with these arguments."""
+    def launch(
+        self, arguments: list[str], variables: dict[str, str], directory: Path, output: Path, group: Path | None
+    ) -> Born:
+        """A trainer with these arguments; `group`: the cgroup it moves to."""
         assert self._process.stdin is not None
         order = {
             "arguments": arguments,
             "environment": variables,
             "directory": str(directory),
             "output": str(output),
+            "group": None if group is None else str(group),
         }
         self._process.stdin.write(json.dumps(order).encode() + b"\n")
         self._process.stdin.flush()
@@ -161,8 +166,10 @@ class Run:
         return [json.loads(line) for line in self._result.read_text().splitlines()] if self._result.exists() else []
 
     def own_events(self) -> list[dict[str, Any]]:
-        """What they have said since this launch."""
-        return self.events()[self._seen :]
+        """What those of this launch have said."""
+        pids = [process.pid for process in self._processes]
+        said = self.events()[self._seen :]
+        return [event for event in said if event["pid"] in pids or event["parent"] in pids]
 
     @property
     def step(self) -> int:
@@ -226,11 +233,17 @@ class Lab:
         self._faults: dict[str, Path] = {}
         self._runs: list[Run] = []
         self.variables: dict[str, str] = {}
+        self.group: Path | None = None
+        """A cgroup for the trainers, and so for the daemon that they start."""
 
     def __enter__(self) -> Lab:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all processes."""
         for run in self._runs:
             if run.running:
                 run.kill()
@@ -265,8 +278,8 @@ class Lab:
         if torchrun:
             processes = [self._torchrun(command, output)]
         else:
-            places = [self._environment() | self._place(rank, ranks) for rank in range(ranks)]
-            processes = [self._nursery.launch(command, place, self.folder, output) for place in places]
+            places = [self.environment() | self._place(rank, ranks) for rank in range(ranks)]
+            processes = [self._nursery.launch(command, place, self.folder, output, self.group) for place in places]
         run = Run(self, processes, output, result)
         self._runs.append(run)
         return run
@@ -288,10 +301,11 @@ class Lab:
                 stdout=file,
                 stderr=file,
                 cwd=self.folder,
-                env=self._environment(),
+                env=self.environment(),
             )
 
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
+        """Of every process of this job."""
         return {
             **environment(),
             "CKPTD_RUNTIME_DIR": str(self.runtime),
@@ -330,6 +344,31 @@ class Lab:
     def release(self, name: str) -> None:
         """Ends a hold, or a lasting fault."""
         self._faults[name].unlink()
+
+    def notes(self, name: str) -> list[str]:
+        """What a "note" has noted."""
+        path = Path(f"{self._faults[name]}.notes")
+        return path.read_text().splitlines() if path.exists() else []
+
+    def release_all(self) -> None:
+        """Ends everything that is planned."""
+        for armed in self.folder.glob("armed-*"):
+            if armed.suffix != ".held":
+                armed.unlink()
+
+    def spoil_ledger(self, payload: bytes) -> None:
+        """Puts a newer, sound record with another content into the ledger of a stopped daemon."""
+        (daemon,) = self.pids("daemon")
+        for link in Path(f"/proc/{daemon}/fd").iterdir():
+            if os.readlink(link).startswith("/memfd:ckptd-ledger"):
+                ledger = Ledger(os.open(link, os.O_RDWR))
+                ledger.read()
+                ledger.write(payload)
+                os.close(ledger.descriptor)
+
+    def is_stopped(self, pid: int) -> bool:
+        """Whether a process is stopped by a signal."""
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     def said(self) -> str:
         return self._runs[-1].said() if self._runs else ""
@@ -382,17 +421,35 @@ class Lab:
         store = Store.open(self.store)
         found = store.checkpoints()
         for snapshot in found:
-            assert store.reader(snapshot).verify() == []
+            with store.reader(snapshot) as reader:
+                assert reader.verify() == []
         return sorted(snapshot.step for snapshot in found)
+
+    def directories(self) -> list[Path]:
+        """Of the checkpoints, committed or not."""
+        assert self.store is not None
+        return [path for path in self.store.iterdir() if path.name.startswith("step-")]
+
+    def verdict(self, directory: Path) -> list[str]:
+        """What `verify` finds wrong in a checkpoint."""
+        try:
+            with open_checkpoint(directory) as opened:
+                return opened.verify()
+        except FormatError as error:
+            return [str(error)]
 
     def ends_clean(self) -> None:
         """Waits until nothing of the job runs, then looks for what it may have left behind."""
+        self.daemon_ends()
+        self.store_is_clean()
+
+    def daemon_ends(self) -> None:
+        """Waits until nothing of the job runs; its files are gone, and with its processes its memory."""
         until(
             lambda: not self.pids("keeper", "daemon", "trainer"),
             lambda: f"the end of {[*inject.processes(str(self.runtime))]}; {self.status()}; {self.said()}",
         )
         assert not self.runtime.exists(), sorted(self.runtime.rglob("*"))
-        self.store_is_clean()
 
     def store_is_clean(self) -> None:
         """Only committed checkpoints that are whole, and epoch records."""

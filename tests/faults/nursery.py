@@ -65,6 +65,9 @@ def _launch(order: dict[str, Any], pipes: tuple[int, int]) -> None:
     for descriptor in pipes:
         os.close(descriptor)
     os.setsid()
+    if order["group"] is not None:
+        with open(os.path.join(order["group"], "cgroup.procs"), "w") as file:
+            file.write("0")
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     null = os.open("/dev/null", os.O_RDONLY)
     for source, target in ((null, 0), (output, 1), (output, 2)):

@@ -116,3 +116,13 @@ def test_keeper_and_daemon_killed(lab: Lab, expected: Callable[..., str]) -> Non
     assert ended["hash"] == expected()
     assert 40 in lab.checkpoints()
     lab.ends_clean()
+
+
+def test_everything_killed_after_the_last_commit(lab: Lab, expected: Callable[..., str]) -> None:
+    """The trainer remembers a capture whose slot is lost with keeper and daemon: it captures the step again."""
+    faults = {"both": Fault(COMMIT, "kill keeper daemon", when="after")}
+    ended = lab.start(faults=faults, snapshot_every=1000, flush_every=1000).finishes()
+    assert lab.fired("both")
+    assert ended["hash"] == expected()
+    assert lab.checkpoints() == [40]
+    lab.ends_clean()

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 
-from tests.faults.lab import Fault, Lab, Run, until
+from tests.faults.lab import Fault, Lab, Run
 
 COPY = "ckptd.trainer.copying:CopyJobs.copy"
 COMMIT = "ckptd.tiers.arena:Slot.commit"
@@ -97,10 +97,10 @@ def test_torchrun_restarts(lab: Lab, expected: Callable[..., str]) -> None:
 def test_all_trainers_die_for_good(lab: Lab, expected: Callable[..., str]) -> None:
     """The daemon flushes the newest sealed snapshot alone, lingers, and leaves; later the job goes on from the store.
     A child that the trainer has forked lives on with its socket and its memory open: that changes nothing."""
-    run = lab.start("--fork", flush_every=1000, linger_s=1.0, faults={"kill": Fault("backward", call=15)})
+    run = lab.start("--fork", flush_every=1000, linger_s=2.0, faults={"kill": Fault("backward", call=15)})
     run.dies()
     newest = sealed(lab)
-    until(lambda: not lab.pids("keeper", "daemon"), "the end of the daemon")
+    lab.daemon_ends()
     assert lab.checkpoints() == [newest]
     os.killpg(run.pid, signal.SIGKILL)  # the forked child: it must still be there
     lab.ends_clean()

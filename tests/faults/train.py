@@ -130,7 +130,7 @@ def main() -> None:
 
     def say(**event: Any) -> None:
         with arguments.result.open("a") as file:
-            file.write(json.dumps({"rank": rank, "pid": os.getpid(), **event}) + "\n")
+            file.write(json.dumps({"rank": rank, "pid": os.getpid(), "parent": os.getppid(), **event}) + "\n")
 
     model, module = build(arguments.parallel)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -139,7 +139,8 @@ def main() -> None:
     torch.manual_seed(100 + rank)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "counts": counts}
     if arguments.ballast:
-        state["ballast"] = torch.arange(arguments.ballast, dtype=torch.int64).to(torch.uint8)
+        noise = torch.Generator().manual_seed(2)
+        state["ballast"] = torch.randint(0, 256, (arguments.ballast,), dtype=torch.uint8, generator=noise)
     say(started=True)
     with checkpointer(state, arguments) as ckpt:
         for step in ckpt.steps(arguments.steps):

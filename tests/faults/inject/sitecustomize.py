@@ -9,12 +9,14 @@ Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib.abc
 import importlib.machinery
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -76,19 +78,19 @@ class Fault:
 
     def passes(self, text: str) -> None:
         """The point is passed once more, with arguments that read as `text`."""
-        if self.process not in ("any", role()) or self.match not in text or not os.path.exists(self.armed):
+        if self.process not in ("any", role()) or not re.search(self.match, text) or not os.path.exists(self.armed):
             return
         self._passed += 1
         if self.lasting:
             if self._passed >= self.call:
-                self._act()
+                self._act(text)
         elif self._passed == self.call:
             if self.action == "hold":
                 _leave_mark(self.armed + ".held")
                 while os.path.exists(self.armed):
                     time.sleep(HOLD_POLL_S)
             elif self._take():
-                self._act()
+                self._act(text)
 
     def _take(self) -> bool:
         try:
@@ -97,10 +99,14 @@ class Fault:
             return False
         return True
 
-    def _act(self) -> None:
+    def _act(self, text: str) -> None:
         if self.action in ("EIO", "ENOSPC"):
             number = getattr(errno, self.action)
             raise OSError(number, os.strerror(number))
+        if self.action == "note":
+            with open(self.armed + ".notes", "a") as file:
+                file.write(text + "\n")
+            return
         verb, *roles = self.action.split()
         number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[verb]
         if roles:
@@ -131,16 +137,23 @@ def moment(name: str) -> None:
             fault.passes("")
 
 
-def _text(arguments: tuple[Any, ...]) -> str:
-    """Arguments as far as faults choose by them: short ones, and the path of a file object."""
-    plain = [str(argument) for argument in arguments if isinstance(argument, (str, int, tuple))]
-    return " ".join([str(getattr(arguments[0], "_path", "")) if arguments else "", *plain])
+def _text(arguments: tuple[Any, ...], named: dict[str, Any]) -> str:
+    """Arguments as far as faults choose by them: short ones, the path of a file object, path and inode of a
+    descriptor."""
+    words = [str(getattr(arguments[0], "_path", ""))] if arguments else []
+    for argument in [*arguments, *named.values()]:
+        if isinstance(argument, (str, tuple)):
+            words.append(str(argument))
+        elif type(argument) is int:
+            with contextlib.suppress(OSError):
+                words.append(f"{os.readlink(f'/proc/self/fd/{argument}')} inode {os.fstat(argument).st_ino}")
+    return " ".join(words)
 
 
 def _wrapped(function: Callable[..., Any], faults: list[Fault]) -> Callable[..., Any]:
     @functools.wraps(function)
     def passing(*arguments: Any, **named: Any) -> Any:
-        text = _text(arguments)
+        text = _text(arguments, named)
         for fault in faults:
             if fault.when == "before":
                 fault.passes(text)
