@@ -20,7 +20,7 @@ MAKE_DIRECTORY = "ckptd.tiers.store.posix:PosixDisk.make_directory"
 WRITE_RECORD = "ckptd.daemon.server:Daemon._write_record"
 PREPARE = "ckptd.protocol.node:NodeMachine._prepare"
 KEEP = "ckptd.daemon.server:Keeper.keep"
-HANDLE = "ckptd.daemon.server:Daemon._handle"
+DROP = "ckptd.daemon.server:Keeper.drop"
 
 FLUSH = {
     "F: before the first chunk": Fault(MAKE_DIRECTORY, when="after", match="data"),
@@ -116,6 +116,22 @@ def test_keeper_and_daemon_killed(lab: Lab, expected: Callable[..., str]) -> Non
     assert ended["hash"] == expected()
     assert 40 in lab.checkpoints()
     lab.ends_clean()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_while_slots_are_dropped(when: str, storeless: Lab, expected: Callable[..., str]) -> None:
+    """The state outgrows its slots; the daemon is killed between its decision to drop the old ones and the keeper's
+    hearing of it. The next daemon holds what it has in its books and nothing else."""
+    faults = {"drop": Fault(DROP, when=when, call=2), "hold": Fault("step", "hold", call=35)}
+    run = storeless.start("--grow", "15", faults=faults)
+    storeless.fires("drop")
+    storeless.holds("hold")
+    status = storeless.reaches(lambda s: (s["newest"]["sealed"] or 0) > 15, "a snapshot in the new slots")
+    until(lambda: len(storeless.kept()) == len(status["slots"]) + 1, "the keeper to hold the slots and the ledger")
+    assert len(status["slots"]) == 2
+    storeless.release("hold")
+    run.finishes()
+    storeless.daemon_ends()
 
 
 def test_everything_killed_after_the_last_commit(lab: Lab, expected: Callable[..., str]) -> None:

@@ -46,9 +46,10 @@ def test_killed_at_every_moment(lab: Lab, expected: Callable[..., str]) -> None:
         "before the restore": Fault(FILL),
         "after the restore": Fault(FILL, when="after"),
     }
+    lazy = {"in the window": Fault(COPY, when="after", call=8), "after the window": Fault(COMMIT, call=4)}
     last = 0
-    for name, fault in moments.items():
-        run = restarts(lab, name, fault)
+    for name, fault in {**moments, **lazy}.items():
+        run = restarts(lab, name, fault, capture="lazy" if name in lazy else "eager")
         if run.step:
             assert (run.restored()["step"], run.restored()["source"]) == (last, "memory" if last else "none")
             before, last = last, sealed(lab)

@@ -112,6 +112,7 @@ def main() -> None:
     parser.add_argument("--store")
     parser.add_argument("--options", default="{}")
     parser.add_argument("--ballast", type=int, default=0, help="bytes of state that training does not use")
+    parser.add_argument("--grow", type=int, default=0, help="the step at which the state outgrows its slots")
     parser.add_argument("--fork", action="store_true", help="leave a forked child behind")
     parser.add_argument("--open-files", type=int, default=0, help="descriptors to hold before ckptd has any")
     arguments = parser.parse_args()
@@ -146,6 +147,8 @@ def main() -> None:
         for step in ckpt.steps(arguments.steps):
             if arguments.fork and step == 1:
                 forked_child()
+            if step == arguments.grow:
+                counts["grown"] = "x" * 500_000
             moment("step")
             loss = train_step(model, optimizer, scheduler, counts)
             say(step=step, loss=loss, restored=ckpt.statistics()["restored"])
