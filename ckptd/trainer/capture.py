@@ -115,6 +115,7 @@ class Capture:
         self._refused: CkptdError | None = None
         self._window: Window | None = None
         self._windows = 0
+        self._written: set[str] = set()
         self._closed = False
 
     def start(self, session: Session) -> None:
@@ -179,6 +180,10 @@ class Capture:
             started = time.perf_counter()
             window.finish(self._options.max_stall_s)
             self._window = None
+            if window.written:
+                self._written.update(window.written)
+                if self._jobs is not None:
+                    self._jobs.copy_eagerly(self._written)
             self._stalled(time.perf_counter() - started)
 
     def wait(self, level: Level, step: int, until: float | None) -> Level:
@@ -397,8 +402,8 @@ class Capture:
                 return
             slot.begin()
             capture = Running(self._settle, SnapshotId(self._epoch, step), slot, jobs, grant, number, objects, started)
-            lazy = jobs.windowed if self._options.capture == "lazy" else jobs.windowed[:0]
-            eager = jobs.eager if len(lazy) else np.concatenate([jobs.eager, jobs.windowed])
+            lazy = jobs.lazy if self._options.capture == "lazy" else jobs.lazy[:0]
+            eager = np.concatenate([jobs.eager, np.setdiff1d(jobs.windowed, lazy, assume_unique=True)])
             jobs.copy(eager, slot.map(), capture.crcs, self._threads)
             if len(lazy):
                 self._window = Window(capture, lazy, self._audits(), self._threads)
@@ -419,6 +424,7 @@ class Capture:
             if pieces_of(sources) != made.pieces:
                 return None
             self._jobs = CopyJobs(made.catalog, sources, made.aliases)
+            self._jobs.copy_eagerly(self._written)
         return self._jobs
 
     def _audits(self) -> bool:

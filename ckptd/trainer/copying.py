@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,16 @@ from ckptd.core.types import itemsize
 from ckptd.trainer.state_tensors import Source
 
 Rows = npt.NDArray[np.int64]
+
+WITNESS_BYTES = 64
+"""Of each chunk: looked at before and after a lazy copy, since a write through `.data` changes no version."""
+
+
+class Witness(NamedTuple):
+    """(version, address) of tensors, by their number, and a checksum of where each chunk begins."""
+
+    tensors: dict[int, tuple[int, int]]
+    begins: npt.NDArray[np.uint32]
 
 
 class CopyJobs:
@@ -46,6 +57,7 @@ class CopyJobs:
         self._strides = np.zeros((count, width), np.int64)
         self._packed = np.zeros((count, width), np.int64)
         self._items = np.array([itemsize(catalog.tensors[t].dtype) for t in catalog.tensor], np.int64)
+        self._innermost = np.zeros(count, np.int64)
         self._boxes: list[Box] = []
         windowed = np.zeros(count, np.bool_)
         for row in range(count):
@@ -89,6 +101,7 @@ class CopyJobs:
         self._inside[row] = sum(o * s for o, s in zip(local.offsets, strides, strict=True)) * item
         self._strides[row, :n] = np.array(strides, np.int64) * item
         self._packed[row, :n] = np.array(contiguous_strides(box.sizes), np.int64) * item
+        self._innermost[row] = max(n - 1, 0)
         self._boxes.append(local)
 
     def copy(self, rows: Rows, target: int, crcs: npt.NDArray[np.uint32], threads: int) -> None:
@@ -99,15 +112,28 @@ class CopyJobs:
             self._copy_from_device(row, address)
         sources = self._address[rows]
         sources[device] = addresses[device]
-        self._run(rows, sources, addresses, crcs, threads)
+        self._run(rows, self.catalog.sizes[rows], sources, addresses, crcs, threads)
+
+    @property
+    def lazy(self) -> Rows:
+        """The rows that may be copied in the window: those of `windowed` in memory that the CPU can read."""
+        return self.windowed[~self._on_device[self.windowed]]
+
+    def copy_eagerly(self, keys: Collection[str]) -> None:
+        """From now on the chunks of these tensors are copied at the boundary: somebody writes to them in the window."""
+        written = np.array([source.key in keys for source in self._sources], np.bool_)[self._source]
+        moved = written[self.windowed]
+        self.eager = np.sort(np.concatenate([self.eager, self.windowed[moved]]))
+        self.windowed = self.windowed[~moved]
 
     def checksum(self, rows: Rows, crcs: npt.NDArray[np.uint32], threads: int) -> None:
         """Only the checksums of the sources; CPU tensors only."""
-        self._run(rows, self._address[rows], np.zeros(len(rows), np.uint64), crcs, threads)
+        self._run(rows, self.catalog.sizes[rows], self._address[rows], np.zeros(len(rows), np.uint64), crcs, threads)
 
     def _run(
         self,
         rows: Rows,
+        sizes: npt.NDArray[np.int64],
         sources: npt.NDArray[np.uint64],
         targets: npt.NDArray[np.uint64],
         crcs: npt.NDArray[np.uint32],
@@ -121,7 +147,7 @@ class CopyJobs:
         copy_boxes(
             sources,
             targets,
-            self.catalog.sizes[rows],
+            sizes,
             strides,
             self._packed[rows],
             self._items[rows],
@@ -136,9 +162,29 @@ class CopyJobs:
         cuts = np.flatnonzero(np.diff(ends // most_bytes)) + 1
         return iter(np.split(rows, cuts))
 
-    def witness(self, rows: Rows) -> list[tuple[int, int]]:
-        """(version, address) of the tensors behind `rows`: changes with most writes that an audit would find."""
-        return [(self._tensors[i]._version, self._tensors[i].data_ptr()) for i in np.unique(self._source[rows])]
+    def witness(self, rows: Rows) -> Witness:
+        """What changes with most writes to the tensors behind `rows` (on the CPU) that an audit would find."""
+        sizes = np.ones_like(self.catalog.sizes[rows])
+        each, inner = np.arange(len(rows)), self._innermost[rows]
+        most = np.maximum(WITNESS_BYTES // self._items[rows], 1)
+        sizes[each, inner] = np.minimum(self.catalog.sizes[rows, inner], most)
+        begins = np.zeros(len(self.catalog), np.uint32)
+        self._run(rows, sizes, self._address[rows], np.zeros(len(rows), np.uint64), begins, 1)
+        tensors = {i: (self._tensors[i]._version, self._tensors[i].data_ptr()) for i in np.unique(self._source[rows])}
+        return Witness(tensors, begins)
+
+    def written(
+        self, rows: Rows, before: Witness, expected: npt.NDArray[np.uint32] | None, found: npt.NDArray[np.uint32]
+    ) -> list[str]:
+        """Keys of the tensors behind `rows` that were written since `before`, or whose copy has another checksum than
+        was `expected`."""
+        now = self.witness(rows)
+        differing = {i for i, seen in now.tensors.items() if seen != before.tensors[i]}
+        changed = now.begins[rows] != before.begins[rows]
+        if expected is not None:
+            changed |= expected[rows] != found[rows]
+        differing.update(self._source[rows[changed]].tolist())
+        return sorted({self._sources[i].key for i in differing})
 
     def spread(self, crcs: npt.NDArray[np.uint32]) -> None:
         """Gives chunks at one place the checksum of the one that was copied."""

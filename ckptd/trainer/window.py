@@ -1,8 +1,8 @@
 """One capture under way, and the window in which its lazy part is copied.
 
 The window is open from the boundary to the next write to what is copied: only parameters and optimizer state, which
-optimizer steps alone may write (PROTOCOL section 6, docs/architecture.md). Addresses, versions and, in audited windows,
-checksums of the sources are compared before the capture counts; only the audit is proof.
+optimizer steps alone may write (PROTOCOL section 6, docs/architecture.md). Addresses, versions, the first bytes and, in
+audited windows, checksums of the sources are compared before the capture counts; only the audit is proof.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from ckptd.tiers.arena import Slot
 from ckptd.trainer.copying import CopyJobs
 
 log = logging.getLogger("ckptd.capture")
+
+NAMED = 5
+"""Tensors that a message names."""
 
 
 class Running:
@@ -69,6 +72,8 @@ class Window:
             capture.jobs.checksum(rows, self._expected, threads)
         self._witness = capture.jobs.witness(rows)
         self._given_up = threading.Event()
+        self.written: list[str] = []
+        """Once finished: keys of the tensors that changed while they were copied."""
         self._thread = threading.Thread(target=self._copy, name="ckptd-window", daemon=True)
         self._thread.start()
 
@@ -87,12 +92,14 @@ class Window:
                     capture.missed("stall")
                     return
                 jobs.copy(rows, capture.slot.map(), capture.crcs, self._threads)
-            same = self._expected is None or np.array_equal(self._expected[self._rows], capture.crcs[self._rows])
-            if not same or jobs.witness(self._rows) != self._witness:
+            self.written = jobs.written(self._rows, self._witness, self._expected, capture.crcs)
+            if self.written:
                 log.error(
-                    "step %d is not captured: a parameter or optimizer state changed while it was copied; "
-                    "call before_update() before such writes",
+                    "step %d is not captured: %s changed while being copied; call before_update() before such writes. "
+                    "From now on copied before the next step begins",
                     capture.snapshot.step,
+                    ", ".join(self.written[:NAMED])
+                    + (f" and {len(self.written) - NAMED} more" * (len(self.written) > NAMED)),
                 )
                 capture.missed("mutated")
                 return
