@@ -126,6 +126,42 @@ def test_a_chunk_is_decoded_once_per_batch(threads: int) -> None:
     assert Counter(planned.tolist()) == decoded
 
 
+def test_a_slot_is_not_filled_again_before_it_is_empty() -> None:
+    """Somebody asks for batch 2 while chunks of batch 0, in the same slot, have not been fetched."""
+    values, layout = rows_to_columns(16)
+    catalog, contents = chunks(values, {}, 1024)
+    placed, _ = layout.place(recut.placeable(catalog))
+    units = recut.units_of(catalog, placed, layout.mesh)
+    (part,) = recut.parts_of(units, catalog, layout.mesh)
+    assembly = recut.assembly_of(part, units, catalog, layout.mesh, SLOT, "the source")
+    early = threading.Event()
+    late: list[threading.Thread] = []
+
+    def read(row: int, into: memoryview) -> None:
+        if threading.current_thread() in late:
+            early.set()
+        into[:] = contents[row]
+
+    assembler = Assembler(assembly, catalog, read, Slots(SLOT))
+    found = {chunk: bytearray(1024) for chunk in range(16)}
+
+    def fetch(*wanted: int) -> None:
+        for chunk in wanted:
+            assembler.read(chunk, memoryview(found[chunk]))
+
+    fetch(0, 1, 2, 4, 5, 6, 7)
+    late.append(threading.Thread(target=fetch, args=(8, 9, 10, 11)))
+    late[0].start()
+    assert not early.wait(0.2)
+    fetch(3)
+    late[0].join(60)
+    fetch(12, 13, 14, 15)
+    for chunk, data in found.items():
+        np.testing.assert_array_equal(
+            np.frombuffer(data, "f4").reshape(64, 4), values["w"][:, 4 * chunk : 4 * chunk + 4]
+        )
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_all_threads_are_told_of_a_chunk_that_cannot_be_read(threads: int) -> None:
     values, layout = rows_to_columns(16)

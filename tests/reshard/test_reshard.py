@@ -25,7 +25,7 @@ from ckptd.operations.diff import diff
 from ckptd.operations.reshard import Outcome, plan_reshard, reshard
 from ckptd.plan import recut
 from ckptd.plan.layout import Layout, Mesh, shards
-from ckptd.tiers.store import Store, open_checkpoint
+from ckptd.tiers.store import PartWriter, Store, open_checkpoint
 from tests.operations.stores import FIRST, flip, write
 from tests.reshard.layouts import layouts
 
@@ -264,6 +264,30 @@ def test_two_at_a_time_are_refused(source: Path, tmp_path: Path) -> None:
     os.close(descriptor)
     run(source, tmp_path / "target")
     check(source, tmp_path / "target")
+
+
+def test_a_store_of_objects(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is renamed or locked, a run goes on as well."""
+    target = f"file+object://{tmp_path / 'target'}"
+    write_part = PartWriter.write
+    begun = []
+
+    def write_two(writer: PartWriter, *arguments: Any, **options: Any) -> Any:
+        begun.append(writer)
+        if len(begun) == 3:
+            raise Killed
+        return write_part(writer, *arguments, **options)
+
+    with open_checkpoint(source) as checkpoint:
+        monkeypatch.setattr(PartWriter, "write", write_two)
+        with pytest.raises(Killed):
+            reshard(checkpoint, target, LAYOUT)
+        assert Store.open(target).checkpoints() == []
+        assert reshard(checkpoint, target, LAYOUT).reused == 2
+        with open_checkpoint(target) as after:
+            assert after.verify() == []
+            assert diff(checkpoint, after).equal
+    assert [path.name[:5] for path in (tmp_path / "target").iterdir()] == ["step-"]
 
 
 # --- plan, memory
