@@ -141,7 +141,12 @@ class Capture:
             self._say(self._boundary)
         if not updated:
             return
-        self._answer_survey()
+        try:
+            self._answer_survey()
+        except CkptdError as error:
+            if self._sealed < 0:
+                raise
+            log.error("step %d is not captured: %s", step, error)
         grant = self._due(step)
         if grant is not None:
             self._capture(*grant, step)
@@ -285,7 +290,12 @@ class Capture:
             generation, self._survey = self._survey, None
         if generation is None:
             return
-        sources = self._state.sources()
+        try:
+            sources = self._state.sources()
+        except BaseException:
+            with self._lock:
+                self._survey = generation if self._survey is None else self._survey
+            raise
         pieces = pieces_of(sources)
         self._pieces = (generation, pieces)
         holdings = Holdings(pieces, self._state.aliases())
