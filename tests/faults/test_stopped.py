@@ -44,6 +44,20 @@ STOPPED = {
 }
 
 
+def test_daemon_terminated(lab: Lab, expected: Callable[..., str]) -> None:
+    """SIGTERM ends the daemon and its keeper, the newest sealed snapshot durable; the trainer starts others."""
+    run = lab.start(faults={"hold": Fault("step", "hold", call=15)}, flush_every=1000)
+    lab.holds("hold")
+    before = lab.reaches(lambda s: s["newest"]["sealed"] is not None, "a sealed snapshot")
+    lab.kill("daemon", number=signal.SIGTERM)
+    until(lambda: before["pid"] not in lab.pids("daemon"), "the end of the daemon")
+    assert before["newest"]["sealed"] <= max(lab.checkpoints()) < 15
+    lab.release("hold")
+    assert run.finishes()["hash"] == expected()
+    assert 40 in lab.checkpoints()
+    lab.ends_clean()
+
+
 @pytest.mark.parametrize("where", STOPPED)
 def test_zombie(where: str, lab: Lab, expected: Callable[..., str]) -> None:
     """A trainer is stopped, its job launched anew and finished; then it goes on: it is told that its epoch is over,

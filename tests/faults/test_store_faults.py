@@ -89,15 +89,21 @@ def test_never_durable(lab: Lab, expected: Callable[..., str]) -> None:
 def test_commit_in_doubt(lab: Lab, expected: Callable[..., str]) -> None:
     """The fsync that makes COMMIT's name durable fails: this daemon never says that the step is durable, nor writes
     it again; later steps are."""
-    doubtful = Fault("ckptd.tiers.store.posix:PosixDisk.sync_directory", "EIO", match="'step-00000010", call=2)
-    run = lab.start(faults={"doubt": doubtful, "hold": Fault("step", "hold", call=15)}, pace=0.03)
+    point = "ckptd.tiers.store.posix:PosixDisk.sync_directory"
+    doubtful = Fault(point, "EIO", match=r"\('step-[^']*',\)", call=2, process="daemon")
+    run = lab.start(faults={"doubt": doubtful, "hold": Fault("step", "hold", call=18)})
+    lab.fires("doubt")
     lab.holds("hold")
-    if lab.fired("doubt"):
-        status = lab.reaches(lambda s: s["counters"].get("flush_errors", 0) > 0, "a failed flush")
-        assert status["newest"]["durable"] is None
+    status = lab.reaches(lambda s: s["counters"].get("flush_errors", 0) > 0, "a failed flush")
+    assert status["newest"]["durable"] is None
+    (doubted,) = lab.directories()
+    before = sorted((path, path.stat().st_mtime_ns) for path in doubted.rglob("*"))
+    assert doubted / "COMMIT" in dict(before)
     lab.release("hold")
     assert run.finishes()["hash"] == expected()
     assert 40 in lab.checkpoints()
+    assert sorted((path, path.stat().st_mtime_ns) for path in doubted.rglob("*")) == before
+    lab.daemon_ends()
 
 
 def test_prune_that_fails(lab: Lab, expected: Callable[..., str]) -> None:

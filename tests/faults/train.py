@@ -151,7 +151,8 @@ def main() -> None:
                 counts["grown"] = "x" * 500_000
             moment("step")
             loss = train_step(model, optimizer, scheduler, counts)
-            say(step=step, loss=loss, restored=ckpt.statistics()["restored"])
+            descriptors = len(os.listdir("/proc/self/fd"))
+            say(step=step, loss=loss, restored=ckpt.statistics()["restored"], descriptors=descriptors)
             time.sleep(arguments.pace)
         statistics = ckpt.statistics()
     say(finished=True, hash=fingerprint(module, optimizer, counts), statistics=statistics)
