@@ -40,7 +40,7 @@ from ckptd.protocol.node import NodeMachine
 from ckptd.protocol.slots import SlotTable
 from ckptd.protocol.state import NodeState, recover
 from ckptd.tiers.arena import Ledger, Slot, SnapshotReader
-from ckptd.tiers.memory import headroom
+from ckptd.tiers.memory import Headroom, headroom
 
 log = logging.getLogger("ckptd.daemon")
 
@@ -263,14 +263,15 @@ class Daemon:
 
     def _handle(self, peer: Peer, message: m.Message, descriptors: list[int]) -> None:
         now = time.monotonic()
-        process, available, known, rank = None, 0, True, self._machine.members.of(peer.number)
+        process, available, limit = None, 0, ""
+        known, rank = True, self._machine.members.of(peer.number)
         match message:
             case m.Hello():
                 process = identify(peer.pid)
             case m.Pieces() if descriptors:
                 self._take_pieces(peer, descriptors.pop())
             case m.Layout():
-                available = self._available()
+                available, limit = self._available()
             case m.Ready() if rank is not None:
                 taken = not descriptors or self._take_slot(message.slot, descriptors.pop())
                 known = taken and message.slot in self._slots
@@ -281,7 +282,7 @@ class Daemon:
                 pass
         _close_all(descriptors)
         if known:
-            self._machine.handle(peer.number, message, now, process=process, available_bytes=available)
+            self._machine.handle(peer.number, message, now, process=process, available_bytes=available, limit=limit)
         if isinstance(message, m.Hello) and process is not None:
             self._watch(message.instance, process)
 
@@ -431,13 +432,13 @@ class Daemon:
         except FormatError:
             return False
 
-    def _available(self) -> int:
+    def _available(self) -> Headroom:
         """Bytes that new slots may take: the machine's and the cgroups' headroom, and what the job allowed itself."""
-        room = headroom().available
-        policy = self._machine.state.policy
+        room, policy = headroom(), self._machine.state.policy
         if policy is not None and policy.memory_bytes is not None:
-            room = min(room, policy.memory_bytes - sum(slot.size for slot in self._machine.state.table.slots))
-        return max(0, room)
+            left = policy.memory_bytes - sum(slot.size for slot in self._machine.state.table.slots)
+            room = min(room, Headroom(left, f"the job's option memory={policy.memory_bytes}"))
+        return Headroom(max(0, room.available), room.limit)
 
     def _readable_slot(self, number: int) -> int:
         """A read-only descriptor of a slot that describes itself."""

@@ -53,7 +53,7 @@ class NodeMachine:
         self._quiet_since_s: float | None = now_s
         self._planned = False
         self._draining = False
-        self._available_bytes = 0
+        self._available_bytes, self._limit = 0, ""
         if state.policy is not None:
             self._cadence = Cadence(state.policy, max(_step(state.durable), _step(state.restore_point)))
 
@@ -73,11 +73,12 @@ class NodeMachine:
         *,
         process: tuple[int, int] | None = None,
         available_bytes: int = 0,
+        limit: str = "",
     ) -> None:
         """A message arrived. Looked up by the server: for Hello the sender's `process` (pid, start time; None where no
-        pid is visible), for Layout the `available_bytes` that new slots may take."""
+        pid is visible), for Layout the `available_bytes` that new slots may take, and what limits them."""
         self._now_s = now_s
-        self._available_bytes = available_bytes
+        self._available_bytes, self._limit = available_bytes, limit
         match message:
             case m.Prepare():
                 self._prepare(peer, message)
@@ -455,7 +456,7 @@ class NodeMachine:
         state.layouts = {}
         state.last_error = text = (
             f"snapshot memory: {LEAST} slots for {state.world} ranks need {needed} bytes, {room} are available on this "
-            "node beside what holds snapshots; free memory, raise the limit, or use fewer bytes"
+            f"node beside what holds snapshots ({self._limit}); free memory, raise the limit, or use fewer bytes"
         )
         self._broadcast(m.Refuse("ConfigError", text))
 

@@ -29,7 +29,7 @@ from ckptd.daemon.address import Address, address_of
 from ckptd.daemon.session import Session
 from ckptd.protocol import messages as m
 from ckptd.tiers.arena import SnapshotReader
-from ckptd.tiers.store import Store, StoredCheckpoint
+from ckptd.tiers.store import Store, StoredCheckpoint, location
 from ckptd.trainer import collective, start
 from ckptd.trainer.capture import Capture, Statistics
 from ckptd.trainer.restoring import restore_state
@@ -62,7 +62,7 @@ class Checkpointer:
         self._options = Options.resolve(options)
         self._state = AppState(state)
         self._world = World.from_environment()
-        self._store = None if store is None else Store.open(os.fspath(store), create=True).uri
+        self._store = None if store is None else location.parse(store).uri
         self._address: Address = address_of(Job(_job_name(self._options.job, self._store)))
         self._group: collective.Group | None = None
         self._capture: Capture | None = None
@@ -136,6 +136,7 @@ class Checkpointer:
             raise ConfigError("restore: the state is restored already; make a new Checkpointer to restore again")
         if self._group is None:
             raise ConfigError("restore: use the Checkpointer as a context manager (`with ckptd.Checkpointer(...)`)")
+        self._group.together(self._check_state)
         options = self._options if step is None else dataclasses.replace(self._options, resume=step)
 
         def wanted(snapshot: SnapshotId) -> bool:
@@ -157,6 +158,12 @@ class Checkpointer:
                     log.error("%s in %s cannot be restored, trying the next: %s", choice.snapshot, choice.source, error)
         self._begin(entry, age_s)
         return self._step
+
+    def _check_state(self) -> bytes:
+        """Reads the state as a capture will. What cannot be stored is an error now, not at the first boundary."""
+        self._state.sources()
+        self._state.objects()
+        return b""
 
     def _load(self, entry: start.Entry) -> float | None:
         """Fills the state from what was chosen; its age in seconds. Raises the same error on every rank."""

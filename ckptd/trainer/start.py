@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from ckptd.core.config import Options, World, node_name
-from ckptd.core.errors import ConfigError, DaemonError, NotFoundError, UnrecoverableError
+from ckptd.core.errors import ConfigError, DaemonError, FormatError, NotFoundError, StoreError, UnrecoverableError
 from ckptd.core.lineage import EpochRecord, live
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.daemon.address import Address
@@ -124,7 +124,7 @@ def _begin(
     least = 1
     failure: DaemonError | None = None
     for _ in range(ATTEMPTS):
-        store = None if policy.store is None else Store.open(policy.store, create=True)
+        store = None if policy.store is None else _writable(policy.store)
         stored = [] if store is None else store.checkpoints()
         records = [] if store is None else store.records()
         damaged = [] if store is None or options.resume == "never" else store.damaged()
@@ -147,6 +147,16 @@ def _begin(
             failure = error
             time.sleep(0.1)
     raise failure or DaemonError(f"job {address.job.name!r}: other launches of it keep starting on this node")
+
+
+def _writable(uri: str) -> Store:
+    """The store, proven to take files before anything depends on it. Raises StoreError."""
+    try:
+        store = Store.open(uri, create=True)
+    except (FormatError, NotFoundError) as error:
+        raise StoreError(f"the store cannot be made: {error}") from error
+    store.probe()
+    return store
 
 
 def _mind_damage(choice: Choice, damaged: Collection[tuple[str, str]]) -> None:
