@@ -47,7 +47,6 @@ class Opaque:
         ({3: 1}, r"name 3"),
         ({"empty": torch.empty(2, device="meta")}, r"empty.*meta device"),
         ({"sparse": torch.eye(2).to_sparse()}, r"sparse.*layout"),
-        ({"quantized": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, r"quantized.*dtype"),
     ],
 )
 def test_state_that_cannot_be_stored(home: Home, more: dict[Any, Any], message: str) -> None:
