@@ -222,6 +222,8 @@ class Capture:
         Refuse, DeadlineError."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
         with self._lock:
+            stale = [a for a in self._answers if isinstance(a, (*answers, m.Refuse))] if not self._standing else []
+            self._answers = [answer for answer in self._answers if answer not in stale]
             self._standing.append(message)
             self._failed_flush = None
         self._say(message)
@@ -524,6 +526,8 @@ class Capture:
                 self._rejoined(message)
             case m.Refuse(error="ConfigError") if not self._standing:
                 self._cannot(refusal(message))
+            case m.Refuse(error="StoreError") if not self._standing:
+                pass  # a flush that nobody waits for any more; FlushFailed has told of it
             case m.Refuse() if not self._standing:
                 self._refused = refusal(message)
             case _:

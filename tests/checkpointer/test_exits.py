@@ -197,6 +197,114 @@ def test_a_periodic_flush_that_fails_does_not_stop_training(home: Home) -> None:
     assert training.weights == weights_after(6)
 
 
+def test_an_answer_that_comes_too_late_is_of_no_account(home: Home) -> None:
+    """A request ran into its deadline, and failed later. The next one works, and is not told of that failure."""
+    training = Training()
+    store = Path(home.store())
+    with ckptd.Checkpointer(training.state, store, flush_every=None) as checkpointer:
+        for step in checkpointer.steps(3):
+            if step == 3:
+                checkpointer.snapshot()
+                daemon = home.daemon()
+                daemon.suspend()
+                with pytest.raises(ckptd.DeadlineError):
+                    checkpointer.wait("durable", timeout_s=0.1)
+                break_store(store)
+                daemon.resume()
+                until(lambda: status()["counters"].get("flush_errors", 0) == 1)
+                store.unlink()
+                store.with_name("moved away").rename(store)
+                assert checkpointer.flush() == 2
+            training.step()
+    assert home.checkpoints() == [2, 3]
+
+
+def test_a_part_of_the_state_that_fails_once(home: Home, caplog: pytest.LogCaptureFixture) -> None:
+    """Its snapshot is skipped and counted; training, and the snapshots after it, go on."""
+
+    class Moody:
+        calls, mood = 0, "good"
+
+        def state_dict(self) -> dict[str, int]:
+            if self.mood == "bad":
+                raise RuntimeError("not now")
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.calls = state["calls"]
+
+    moody = Moody()
+    training = Training(moody=moody)
+    with ckptd.Checkpointer(training.state, home.store(), snapshot_every=1) as checkpointer:
+        for step in checkpointer.steps():
+            if step == 3:
+                checkpointer.snapshot()
+                moody.mood = "bad"
+            training.step()
+            moody.calls = step
+            if checkpointer.statistics()["skip_reasons"].get("failed"):
+                break
+        moody.mood = "good"
+        last = checkpointer.flush()
+    assert "not now" in caplog.text
+    again = Training(moody=Moody())
+    with ckptd.Checkpointer(again.state, home.store()) as checkpointer:
+        assert checkpointer.restore() == last
+    assert again.state["moody"].calls == last
+
+
+def test_a_training_in_a_thread(home: Home) -> None:
+    """Signal handlers are for the main thread alone; all else works in any."""
+    previous = signal.getsignal(signal.SIGTERM)
+    done: list[int] = []
+
+    def work() -> None:
+        training = Training()
+        with ckptd.Checkpointer(training.state, home.store()) as checkpointer:
+            done.extend(training.step() or step for step in checkpointer.steps(3))
+            assert signal.getsignal(signal.SIGTERM) is previous
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [1, 2, 3]
+    assert home.checkpoints() == [3]
+
+
+def test_ctrl_c_while_the_end_is_waiting(home: Home) -> None:
+    """The last flush hangs on a frozen daemon: Ctrl-C ends the process, the memory stays."""
+    child = Child(home.environment, home.folder / "log", end_slowly, home.store())
+    assert child.receive() == "sealed"
+    daemon = home.daemon()
+    daemon.suspend()
+    try:
+        child.send("go")
+        assert child.receive() == "ending"
+        os.kill(child.pid, signal.SIGINT)
+        ended = child.end()
+        assert (ended.status, ended.value) == (0, "interrupted")
+    finally:
+        daemon.resume()
+    until(lambda: home.checkpoints() == [2])
+    home.stop()
+
+
+def end_slowly(store: str) -> str:
+    training = Training()
+    try:
+        with ckptd.Checkpointer(training.state, store, flush_every=None) as checkpointer:
+            for step in checkpointer.steps(3):
+                if step == 3:
+                    checkpointer.snapshot()
+                    report("sealed")
+                    await_parent()
+                training.step()
+            report("ending")
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "ended"
+
+
 # --- SIGTERM
 
 
