@@ -11,7 +11,7 @@ import ctypes
 import os
 import threading
 
-from ckptd.core.errors import CkptdError
+from ckptd.core.errors import CkptdError, StoreError
 from ckptd.core.types import SnapshotId
 from ckptd.protocol.actions import StartFlush, WriteRecord
 from ckptd.tiers.arena import SnapshotReader
@@ -50,8 +50,8 @@ class Stores:
         self._opened: dict[str, Store] = {}
         self._untidy: set[str] = set()
         self._complaints: list[str] = []
-        self._cleaning = threading.Lock()
         self._cancelled = threading.Event()
+        self._recording = threading.Lock()
 
     def cancel(self) -> None:
         """Whatever flush runs is given up."""
@@ -63,18 +63,20 @@ class Stores:
         return told
 
     def write_record(self, action: WriteRecord) -> None:
-        """Makes the beginning of an epoch durable; StoreError where the store cannot be written."""
+        """Makes the beginning of an epoch durable; StoreError where the store cannot be written and read back.
+        Leftovers are for the first flush to remove: nobody waits for that."""
         store = self._open(action.store)
-        store.probe()
-        store.write_record(action.record)
-        self._tidy(action.store)
+        with self._recording:
+            store.write_record(action.record)
+        if action.record not in store.records():
+            raise StoreError(f"{store.uri}: the record of epoch {action.record.epoch} cannot be read back")
+        self._untidy.add(action.store)
 
     def flush(self, reader: SnapshotReader, action: StartFlush) -> None:
         """Commits the snapshot of `reader`, then prunes. A step that is committed already is left as it is. Raises
         StoreError, CorruptionError; a failure to prune is a complaint, for the checkpoint exists."""
         yield_to_training()
-        with self._cleaning:
-            self.progress = progress = Progress(action.snapshot)
+        self.progress = progress = Progress(action.snapshot)
         try:
             store = self._open(action.store)
             if action.store in self._untidy:
@@ -119,11 +121,11 @@ class Stores:
             self._complaints.append(f"older checkpoints could not be removed: {error}")
 
     def _tidy(self, uri: str) -> None:
-        """Removes what interrupted flushes of this job have left."""
+        """Removes what interrupted flushes of this job have left, while none runs."""
         try:
-            with self._cleaning:
+            with self._recording:  # a record under way looks like a leftover
                 store = self._opened[uri]
-                store.clean(_foreign(store) if self.progress is None else _foreign(store) | {self.progress.snapshot})
+                store.clean(_foreign(store))
                 self._untidy.discard(uri)
         except CkptdError as error:
             self._complaints.append(f"leftovers of interrupted flushes could not be removed: {error}")

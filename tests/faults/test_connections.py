@@ -54,6 +54,26 @@ def test_second_daemon(served: Lab) -> None:
     assert len(served.pids("daemon")) == len(served.pids("keeper")) == 1
 
 
+def test_daemon_by_hand(storeless: Lab, expected: Callable[..., str]) -> None:
+    """A daemon started by hand serves like any other: its keeper is replaced, and so is it, with what it has."""
+    storeless.plan({})
+    command = [sys.executable, "-m", "ckptd.cli.main", "daemon", "--job", storeless.job]
+    with subprocess.Popen(command, env=storeless.environment(), stderr=subprocess.DEVNULL) as by_hand:
+        assert answers(storeless) == by_hand.pid
+        run = storeless.start(faults={"hold": Fault("step", "hold", call=15)})
+        storeless.holds("hold")
+        before = storeless.reaches(lambda s: s["newest"]["sealed"] is not None, "a sealed snapshot")
+        (old,) = storeless.kill("keeper")
+        until(lambda: storeless.pids("keeper") not in ([], [old]), "another keeper")
+        until(lambda: len(storeless.kept()) == len(before["slots"]) + 1, "the keeper to hold the slots and the ledger")
+        by_hand.kill()
+    after = storeless.reaches(lambda s: s["pid"] != before["pid"], "another daemon")
+    assert after["newest"]["sealed"] >= before["newest"]["sealed"]
+    storeless.release("hold")
+    assert run.finishes()["hash"] == expected()
+    storeless.daemon_ends()
+
+
 def test_many_at_once(served: Lab) -> None:
     """Many processes that need a daemon at once, while there is none, get the same one."""
     served.kill("daemon", "keeper")

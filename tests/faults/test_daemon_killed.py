@@ -46,6 +46,7 @@ CAPTURE = {
 START = {
     "a promise": Fault(PREPARE, when="after"),
     "the record is not written": Fault(WRITE_RECORD),
+    "the record has no name yet": Fault(OUTPUT_SYNC, when="after", match="epochs"),
     "the record is written": Fault(WRITE_RECORD, when="after"),
     "between Begin and Hello": Fault("ckptd.trainer.start:_hello", "kill daemon"),
 }
