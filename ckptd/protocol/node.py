@@ -35,6 +35,8 @@ PIPELINE = 2
 IDLE_S = 60.0
 """A daemon that no epoch has begun on leaves after this time."""
 
+JOIN_S = 5.0  # how long an epoch that is promised, or has no rank yet, is waited for at the least
+
 MAX_WORLD = 250
 """Ranks of one node: a Plan passes one descriptor for each, and the kernel passes 253 at a time."""
 
@@ -555,11 +557,13 @@ class NodeMachine:
             self._broadcast(m.Closed())
             self._out.append(Exit("the job has closed"))
             return
-        if any(self.members.present()):
+        if any(self.members.present()) or self._beginning or self.state.has_living_ranks:
             self._quiet_since_s = None
             return
         self._quiet_since_s = self._now_s if self._quiet_since_s is None else self._quiet_since_s
         linger_s = IDLE_S if self.state.policy is None else self.state.policy.linger_s
+        if self.state.frozen or not self.state.instances:
+            linger_s = max(linger_s, JOIN_S)
         if self._now_s - self._quiet_since_s >= linger_s:
             self._out.append(Exit(f"nobody came for {linger_s:.0f} s"))
 

@@ -61,6 +61,11 @@ class NodeState(msgspec.Struct):
         """The rank's process is known by pid, so that its end will be noticed."""
         return self.instances.get(rank) in self.processes
 
+    @property
+    def has_living_ranks(self) -> bool:
+        """Some rank's process is known to live and has not left: it comes back to a daemon that was killed."""
+        return any(self.is_visible(rank) for rank in self.instances if rank not in self.left)
+
     def is_live(self, snapshot: SnapshotId) -> bool:
         """The live branch has it: of this epoch, or what this epoch started from."""
         return snapshot.epoch == self.epoch or snapshot == self.restore_point

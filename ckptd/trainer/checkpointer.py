@@ -187,6 +187,9 @@ class Checkpointer:
             restore_state(self._state, group, origin, rng=True, what=f"{choice.snapshot} in {choice.source}")
             return None if isinstance(origin, StoredCheckpoint) else max(0.0, time.time() - origin.captured_at)
         finally:
+            for origin in opened:
+                if isinstance(origin, StoredCheckpoint):
+                    origin.close()
             for slot in entry.restore:
                 slot.close()
 

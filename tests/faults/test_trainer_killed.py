@@ -109,3 +109,26 @@ def test_all_trainers_die_for_good(lab: Lab, expected: Callable[..., str]) -> No
     assert run.finishes()["hash"] == expected()
     assert (run.restored()["step"], run.restored()["source"]) == (newest, "store")
     lab.ends_clean()
+
+
+def test_no_linger(lab: Lab, expected: Callable[..., str]) -> None:
+    """With `linger_s=0` a daemon still lets its job start, waits for trainers that live while it is replaced, flushes
+    when they are dead, and only then leaves at once."""
+    faults = {
+        "daemon": Fault("backward", "kill daemon", call=12),
+        "hold": Fault("step", "hold", call=13),
+        "trainer": Fault("backward", call=25),
+    }
+    run = lab.start(faults=faults, linger_s=0.0, flush_every=1000)
+    lab.holds("hold")
+    status = lab.reaches(lambda s: s["ranks"] and s["ranks"][0]["connected"], "the next daemon")
+    lab.release("hold")
+    run.dies()
+    assert all(lab.fired(name) for name in faults)
+    lab.daemon_ends()
+    (step,) = lab.checkpoints()
+    assert step >= status["newest"]["sealed"] > 0
+    run = lab.start(linger_s=0.0)
+    assert run.finishes()["hash"] == expected()
+    assert (run.restored()["step"], run.restored()["source"]) == (step, "store")
+    lab.ends_clean()

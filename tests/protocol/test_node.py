@@ -123,7 +123,7 @@ def test_a_promise_holds_off_the_end() -> None:
     script = after("rank_death")
     script.play("> daemon restarts\n> tick 99\n> l: Prepare epoch=E2")
     assert script.play("> tick 50") == []
-    assert script.play("> l: Begin epoch=E2 restore_point=E1@9")
+    assert script.play("> l: Begin epoch=E2 restore_point=E1@9\n> recorded")
     assert script.play("> tick 99") == []
     assert script.play("> tick 1") == ["    exits: nobody came for 100 s"]
 
