@@ -102,6 +102,7 @@ def _main(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+    multiprocessing.set_start_method("fork", force=True)  # for its data loaders, as in a training
     import torch
 
     torch.set_num_threads(1)
