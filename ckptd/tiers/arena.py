@@ -160,13 +160,16 @@ class Slot:
             raise FormatError(f"slot: {os.fstat(descriptor).st_size} bytes, its geometry says {geometry.size}")
         return cls(descriptor, geometry)
 
-    def mend(self) -> bool:
-        """Writes the geometry anew where it is damaged, from what is known of it; whether it was."""
+    def mend(self, table: bytes | None = None) -> bool:
+        """Writes the geometry, and the table where it is known, anew if they are damaged; whether they were."""
         known = msgspec.msgpack.encode(self.geometry)
-        if _read_record(self.descriptor, 0, _GEOMETRY, PAGE) == (1, known):
-            return False
-        _write_record(self.descriptor, 0, _GEOMETRY, 1, known)
-        return True
+        damaged = _read_record(self.descriptor, 0, _GEOMETRY, PAGE) != (1, known)
+        if damaged:
+            _write_record(self.descriptor, 0, _GEOMETRY, 1, known)
+        if table is not None and os.pread(self.descriptor, len(table), self.geometry.table_offset) != table:
+            os.pwrite(self.descriptor, table, self.geometry.table_offset)
+            damaged = True
+        return damaged
 
     # --- writing (trainer)
 

@@ -340,7 +340,9 @@ class Capture:
                     old = [number for number, slot in self._slots.items() if slot.geometry != made.geometry]
                     self._retired += [self._slots.pop(number) for number in old]
                 for number, descriptor in zip(message.reuse, descriptors, strict=True):
-                    self._ready(number, Slot.open(descriptor), fresh=False)
+                    slot = Slot.open(descriptor)
+                    slot.mend(made.table)  # what damaged a snapshot in memory must not damage the next one there
+                    self._ready(number, slot, fresh=False)
                 for number in message.create:
                     if number not in self._slots and not self._closed:
                         self._ready(number, Slot.create(made.geometry, made.table), fresh=True)

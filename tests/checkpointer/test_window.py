@@ -268,9 +268,9 @@ def test_a_copy_that_takes_too_long_is_given_up(home: Home, monkeypatch: pytest.
     def slices(jobs: CopyJobs, rows: Rows, most_bytes: int) -> Iterator[Rows]:
         for part in (rows[:1], rows[1:]):
             yield part
-            window = checkpointer._capture._window
-            if slow and window is not None:
-                assert window._given_up.wait(UNTIL_S)
+            if slow:
+                until(lambda: checkpointer._capture._window is not None)
+                assert checkpointer._capture._window._given_up.wait(UNTIL_S)
 
     monkeypatch.setattr(CopyJobs, "slices", slices)
     with lazily(home, training, max_stall_s=0.05) as checkpointer:
