@@ -58,6 +58,31 @@ def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """The elements [start, stop) of a flattened row-major tensor of `shape` as disjoint boxes, in their flat order.
+
+    Each box is one run of the flattened tensor, and there are at most 2 * len(shape) - 1 of them (one for a tensor
+    without dimensions): runs grow outwards to the outermost dimension that the range crosses, then inwards again. An
+    empty range has no boxes. Raises ValueError for a range that is not in the tensor.
+    """
+    if not 0 <= start <= stop <= math.prod(shape):
+        raise ValueError(f"range [{start}, {stop}) of a tensor of shape {tuple(shape)}, {math.prod(shape)} elements")
+    strides = contiguous_strides(shape)
+    boxes = []
+    while start < stop:
+        index = tuple(start // stride % size for stride, size in zip(strides, shape, strict=True))
+        for split, stride in enumerate(strides):
+            if start % stride == 0 and start + stride <= stop:
+                run = min(shape[split] - index[split], (stop - start) // stride)
+                boxes.append(Box(index, (1,) * split + (run, *shape[split + 1 :])))
+                start += run * stride
+                break
+        else:
+            boxes.append(Box((), ()))
+            start += 1
+    return boxes
+
+
 def cut(box: Box, itemsize: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Box]:
     """Cuts `box` into chunks of at most `chunk_bytes`, each contiguous in the packed box, in row-major order.
 
