@@ -8,7 +8,8 @@ ranks raise the same error. `open` is for one process that looks at a checkpoint
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, MutableMapping
+import logging
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from types import EllipsisType
 from typing import Any, NamedTuple
@@ -27,11 +28,13 @@ from ckptd.plan.share import objects_for, tensor_infos
 from ckptd.tiers.store import Store, StoredCheckpoint, open_checkpoint
 from ckptd.trainer import collective
 from ckptd.trainer.loading import fill
-from ckptd.trainer.restoring import restore_state
+from ckptd.trainer.restoring import Report, restore_state
 from ckptd.trainer.saving import save_state
 from ckptd.trainer.state import AppState
 from ckptd.trainer.state_tensors import Share, Source, torch_dtype
 from ckptd.trainer.state_values import decode
+
+log = logging.getLogger("ckptd")
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
@@ -50,6 +53,22 @@ def save(
     save_state(state, path, collective.world(), step=0 if step is None else step, overwrite=overwrite)
 
 
+class Loaded(int):
+    """What `load` returns: the step, as a number, and what a load with `strict=False` left out.
+
+    `missing`: keys that the state of some rank has and the checkpoint has not; they are as they were. `unexpected`:
+    keys of the checkpoint, below names of the state, that no rank's state has.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def __new__(cls, step: int, report: Report) -> Loaded:
+        made = super().__new__(cls, step)
+        made.missing, made.unexpected = report.missing, report.unexpected
+        return made
+
+
 def load(
     state: MutableMapping[str, Any],
     path: str | Path,
@@ -57,15 +76,19 @@ def load(
     strict: bool = True,
     cast: bool = False,
     rng: bool = False,
-) -> int:
+    keys: str | Sequence[str] | None = None,
+) -> Loaded:
     """Fills `state` in place from the newest checkpoint of the store at `path`, or from one checkpoint directory.
 
     Returns its step. The layout may differ from the one that saved: shards are cut anew. Top-level names that the
-    checkpoint has and `state` has not are ignored.
+    checkpoint has and `state` has not are ignored. All ranks together read each byte from the store once.
 
-    strict: every tensor here must be in the checkpoint and the reverse; False loads what both have. Shapes must agree
-    either way. cast: converts where dtypes differ. rng: also sets the generators of Python, NumPy, torch and the
-    devices, each rank its own.
+    strict: every tensor here must be in the checkpoint and the reverse; False loads what both have, and what is
+    returned lists the rest. Shapes must agree either way. cast: converts where dtypes differ. rng: also sets the
+    generators of Python, NumPy, torch and the devices, each rank its own.
+
+    keys: a pattern, or several, of what to load: `"model"` and all below it, `"model/layers.0.*"` (`*` matches `/`
+    too), `"optimizer/state/*/exp_avg"`. Everything else stays as it is, and need not be in the checkpoint.
 
     Collective where a process group exists. Raises MismatchError that lists every difference, with the tensors as
     they were; CorruptionError, FormatError or StoreError where reading fails, and says if tensors were written.
@@ -85,9 +108,21 @@ def load(
         return b""
 
     group.together(look)
+    patterns = [keys] if isinstance(keys, str) else keys
     with stored[0]:
-        restore_state(app[0], group, stored[0], strict=strict, cast=cast, rng=rng, what=stored[0].location)
-    return chosen.step
+        what = stored[0].location
+        report = restore_state(app[0], group, stored[0], strict=strict, cast=cast, rng=rng, keys=patterns, what=what)
+    if group.rank == 0:
+        _tell(report, what)
+    return Loaded(chosen.step, report)
+
+
+def _tell(report: Report, what: str) -> None:
+    """What a load with strict=False left out is not passed over in silence."""
+    for keys, said in ((report.missing, "not in it, left as they were"), (report.unexpected, "in it only, ignored")):
+        if keys:
+            more = ", ..." if len(keys) > 10 else ""
+            log.warning("%s: %d keys are %s: %s%s", what, len(keys), said, ", ".join(keys[:10]), more)
 
 
 def _open_exactly(path: str, name: SnapshotId) -> StoredCheckpoint:
@@ -186,7 +221,7 @@ class Checkpoint:
         box, rest = _select(index, info.shape)
         made = torch.empty(box.sizes, dtype=torch_dtype(info.dtype))
         target = Source(key, info.dtype, info.shape, box, Share.REPLICATED, made)
-        fill(self._stored.catalog(), self._stored.read, [target], rank=ALL_RANKS)
+        fill(self._stored.catalog(), self._stored, [target], rank=ALL_RANKS)
         return made[rest]
 
     def verify(self) -> None:

@@ -4,16 +4,18 @@ Owns the group and the wire form of what it carries: encoded bytes, never pickle
 its order of collectives cannot mix with the training's. Creating a group is collective (every rank, same order), thus
 one is kept per process and world. One process without a process group is a world of one.
 
-Invariant of `together`: either it returns on every rank, or it raises the same error on every rank; a failure on one
-rank never leaves the others waiting for longer than the timeout.
+Invariant of `together` and `agree`: either they return on every rank, or they raise the same error on every rank; a
+failure on one rank never leaves the others waiting for longer than the timeout.
 """
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -31,6 +33,14 @@ class _Answer(msgspec.Struct, array_like=True):
     value: bytes = b""
     error: str = ""
     message: str = ""
+
+
+class Message(NamedTuple):
+    """Bytes that go to, or come from, another rank. `tag` is the same on both sides and tells messages apart."""
+
+    rank: int
+    tag: int
+    data: memoryview
 
 
 class Group:
@@ -85,6 +95,42 @@ class Group:
             raise _error_type(other.error)(where + other.message) from failure
         return [other.value for other in answers]
 
+    def agree(self, failure: Exception | None) -> None:
+        """Raises, on every rank as `together` does, if any rank brings a failure. For frequent use: costs one small
+        message to and from each rank, so that each hears of the death of any other through its own connection."""
+        if self._handle is not None:
+            mine = torch.full((self.size,), int(failure is not None), dtype=torch.int64)
+            theirs = torch.empty_like(mine)
+            try:
+                dist.all_to_all_single(theirs, mine, group=self._handle)
+            except RuntimeError as error:
+                raise self._lost(error) from (failure or error)
+            if not bool(theirs.any()):
+                return
+        if failure is not None or self._handle is not None:
+            self.together(lambda: _raised(failure))
+
+    def swap(self, sent: Sequence[Message], received: Sequence[Message]) -> None:
+        """Sends and receives all at once; returns when all have arrived. The other ranks do their side at the same
+        time. No order among the messages can block, since every receiver is ready before anybody waits."""
+        if self._handle is None or not (sent or received):
+            return
+        try:
+            works = [
+                operation(_tensor(message.data), self._global(message.rank), group=self._handle, tag=message.tag)
+                for operation, messages in ((dist.irecv, received), (dist.isend, sent))
+                for message in messages
+            ]
+            for work in works:
+                if work is not None:
+                    work.wait()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _global(self, rank: int) -> int:
+        assert self._handle is not None
+        return dist.get_global_rank(self._handle, rank)
+
     def _all_gather(self, data: bytes) -> list[bytes]:
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(data)], dtype=torch.int64), group=self._handle)
@@ -100,7 +146,7 @@ class Group:
 
     def _broadcast(self, data: bytes | None) -> bytes:
         assert self._handle is not None
-        source = dist.get_global_rank(self._handle, 0)
+        source = self._global(0)
         length = torch.tensor([len(data) if data is not None else 0], dtype=torch.int64)
         dist.broadcast(length, source, group=self._handle)
         if not int(length):
@@ -116,6 +162,17 @@ class Group:
             f"rank {self.rank} of {self.size}: another rank did not take part in an exchange of ckptd; it has died, "
             f"hangs, or called something else. gloo says: {error}"
         )
+
+
+def _raised(failure: Exception | None) -> bytes:
+    if failure is not None:
+        raise failure
+    return b""
+
+
+def _tensor(data: memoryview) -> torch.Tensor:
+    """Writable bytes as a tensor on the same memory."""
+    return torch.from_numpy(np.frombuffer(data, np.uint8))
 
 
 def _spoken(error: Exception) -> _Answer:

@@ -1,5 +1,8 @@
 """Reading one committed checkpoint: COMMIT, then what it lists, then chunks (docs/format.md, sections 9 and 10).
 
+Chunks are read one by one (`read`), or in runs of neighbours, one request each (`runs`, `read_run`). A run can also be
+fetched as it is stored and decoded by another process that has the same checkpoint open.
+
 Invariants: nothing is parsed before its SHA-256 was right; no chunk is returned whose CRC32C was not. What COMMIT
 lists and is missing or of another length was there once: a CorruptionError. Safe in threads.
 """
@@ -11,10 +14,12 @@ import functools
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from ckptd.core import native
 from ckptd.core.catalog import ALL_RANKS, RAW, Catalog
@@ -28,6 +33,7 @@ from ckptd.format.objects import MAX_OBJECTS_BYTES, unpack_table
 from ckptd.tiers.store import names
 from ckptd.tiers.store.backend import BackEnd, InputFile, Path, for_each
 from ckptd.tiers.store.files import read_file
+from ckptd.tiers.store.runs import in_place_order, run_starts
 
 MAX_PART_BYTES = 2**31
 
@@ -53,6 +59,13 @@ def read_commit(back_end: BackEnd, directory: str) -> Commit:
     return commit
 
 
+class _Metadata(msgspec.Struct, array_like=True):
+    """What is read before any chunk, as it is stored: the objects, and the parts of the manifest in COMMIT's order."""
+
+    objects: bytes
+    parts: list[bytes]
+
+
 class StoredCheckpoint:
     """A committed checkpoint. Keeps data files open; a context manager, or closed when it is no longer used."""
 
@@ -61,6 +74,8 @@ class StoredCheckpoint:
         self._directory = directory
         self.commit = read_commit(back_end, directory)
         self._catalog: Catalog | None = None
+        self._given: dict[Path, bytes] = {}
+        self._lengths_known = False
         self._files: dict[tuple[int, int], InputFile] = {}
         self._parts = {part.writer: part for part in self.commit.parts}
         self._lock = threading.Lock()
@@ -108,22 +123,94 @@ class StoredCheckpoint:
         with self._lock:
             if self._catalog is None:
                 files = [(part, number) for part in self.commit.parts for number in range(len(part.data))]
-                for_each(self._back_end, lambda file: self._check_length(*file), files)
+                if not self._lengths_known:
+                    for_each(self._back_end, lambda file: self._check_length(*file), files)
                 self._catalog = Catalog.merge(self._catalogs())
+                for part in self.commit.parts:
+                    self._given.pop(names.manifest_part(self._directory, part.writer), None)
             return self._catalog
+
+    def metadata(self) -> bytes:
+        """Manifest and objects as they are stored, so that others need not read them: for their `adopt`."""
+        parts = for_each(self._back_end, self._manifest, self.commit.parts)
+        objects = self._objects()
+        self._give(parts, objects)
+        return msgspec.msgpack.encode(_Metadata(objects, parts))
+
+    def adopt(self, metadata: bytes) -> None:
+        """Takes what `metadata` gave another reader of this checkpoint, which looks at the lengths of all files too.
+        It is believed no more than what is read here: each digest is compared with this reader's own COMMIT."""
+        try:
+            given = msgspec.msgpack.decode(metadata, type=_Metadata)
+        except msgspec.MsgspecError as error:
+            raise FormatError(f"{self.location}: what another rank sent of it: {error}") from None
+        if len(given.parts) != len(self.commit.parts):
+            raise CorruptionError(
+                f"{self.location}: COMMIT lists {len(self.commit.parts)} parts, another rank sent {len(given.parts)}"
+            )
+        self._give(given.parts, given.objects)
+        self._lengths_known = True
+
+    def _give(self, parts: Sequence[bytes], objects: bytes) -> None:
+        paths = [names.manifest_part(self._directory, part.writer) for part in self.commit.parts]
+        self._given = {**dict(zip(paths, parts, strict=True)), (self._directory, names.OBJECTS): objects}
 
     def objects(self) -> dict[str, bytes]:
         """Encoded shared objects by path, for format.objects.decode."""
-        path = (self._directory, names.OBJECTS)
-        listed = self.commit.objects
-        data = self._listed(path, listed.size, listed.sha256, MAX_OBJECTS_BYTES)
-        with self._naming(path):
+        data = self._objects()
+        with self._naming((self._directory, names.OBJECTS)):
             return unpack_table(data)
+
+    def _objects(self) -> bytes:
+        listed = self.commit.objects
+        return self._listed((self._directory, names.OBJECTS), listed.size, listed.sha256, MAX_OBJECTS_BYTES)
+
+    @property
+    def parallel(self) -> int:
+        """How many reads at a time are worth while, cores apart."""
+        return self._back_end.parallel
 
     def read(self, row: int, into: memoryview) -> None:
         """Fills `into`, of exactly the row's raw bytes, with its decoded bytes. CorruptionError if they are not those
         that were captured; `into` then holds garbage."""
         self._read(self.catalog(), row, into)
+
+    def runs(self, rows: npt.ArrayLike) -> list[list[int]]:
+        """`rows`, but for those without bytes, in order of place and cut into runs for `read_run`: neighbours in one
+        file, of at most RUN_BYTES together, or one chunk."""
+        catalog = self.catalog()
+        order = in_place_order(catalog, rows)
+        return [run.tolist() for run in np.split(order, run_starts(catalog, order)[1:])] if len(order) else []
+
+    def read_run(self, rows: Sequence[int], into: Sequence[memoryview]) -> None:
+        """`read` of each row of a run into its buffer, with one request to the store."""
+        if len(rows) == 1:
+            self.read(rows[0], into[0])
+            return
+        stored = self._scratch(self.stored_bytes(rows))
+        self.fetch(rows, stored)
+        self.decode(rows, stored, into)
+
+    def stored_bytes(self, rows: Sequence[int]) -> int:
+        """Bytes that `fetch` reads for a run."""
+        catalog = self.catalog()
+        end = max(int(catalog.file_offset[row] + catalog.stored[row]) for row in rows)
+        return end - int(catalog.file_offset[rows[0]])
+
+    def fetch(self, rows: Sequence[int], stored: memoryview) -> None:
+        """Fills `stored`, of `stored_bytes`, with what is stored for a run; nothing is verified."""
+        catalog, first = self.catalog(), rows[0]
+        with self._data_file((int(catalog.writer[first]), int(catalog.file[first]))) as file:
+            file.read_into(int(catalog.file_offset[first]), stored)
+
+    def decode(self, rows: Sequence[int], stored: memoryview, into: Sequence[memoryview]) -> None:
+        """Decodes and verifies a run that was fetched, here or by another reader, each row into its buffer.
+        CorruptionError as from `read`."""
+        catalog = self.catalog()
+        start = int(catalog.file_offset[rows[0]])
+        for row, target in zip(rows, into, strict=True):
+            offset = int(catalog.file_offset[row]) - start
+            self._decode(catalog, row, stored[offset : offset + int(catalog.stored[row])], target.cast("B"))
 
     def _read(self, catalog: Catalog, row: int, into: memoryview) -> None:
         raw = int(catalog.raw[row])
@@ -132,26 +219,40 @@ class StoredCheckpoint:
             raise ValueError(f"a buffer of {target.nbytes} bytes for a chunk of {raw}")
         if raw == 0:
             return
-        place = (int(catalog.writer[row]), int(catalog.file[row]))
-        codec, offset = int(catalog.codec[row]), int(catalog.file_offset[row])
-        info = catalog.tensors[catalog.tensor[row]]
-        described = self._back_end.describe(names.data_file(self._directory, *place))
-        with self._data_file(place) as file:
-            if codec == RAW:
-                file.read_into(offset, target)
-            else:
-                stored = self._scratch(int(catalog.stored[row]))
-                file.read_into(offset, stored)
-                try:
-                    decode_chunk(codec, stored, info.dtype, target)
-                except FormatError as error:
-                    raise CorruptionError(f"{described}: chunk at {offset} of tensor {info.key!r}: {error}") from None
-        found, expected = native.crc32c(target), int(catalog.crc[row])
+        straight = int(catalog.codec[row]) == RAW
+        stored = target if straight else self._scratch(int(catalog.stored[row]))
+        with self._data_file((int(catalog.writer[row]), int(catalog.file[row]))) as file:
+            file.read_into(int(catalog.file_offset[row]), stored)
+        if straight:
+            self._check(catalog, row, native.crc32c(target))
+        else:
+            self._decode(catalog, row, stored, target)
+
+    def _decode(self, catalog: Catalog, row: int, stored: memoryview, target: memoryview) -> None:
+        """Decodes what is stored for a row, and verifies it."""
+        codec = int(catalog.codec[row])
+        if codec == RAW:
+            self._check(catalog, row, native.copy_bytes(native.address_of(stored), target))
+            return
+        try:
+            decode_chunk(codec, stored, catalog.tensors[catalog.tensor[row]].dtype, target)
+        except FormatError as error:
+            raise CorruptionError(f"{self._described(catalog, row)}: {error}") from None
+        self._check(catalog, row, native.crc32c(target))
+
+    def _check(self, catalog: Catalog, row: int, found: int) -> None:
+        expected = int(catalog.crc[row])
         if found != expected:
             raise CorruptionError(
-                f"{described}: chunk at {offset} of tensor {info.key!r}: expected CRC32C {expected:08x}, "
-                f"found {found:08x}; the file was damaged"
+                f"{self._described(catalog, row)}: expected CRC32C {expected:08x}, found {found:08x}; the file was "
+                "damaged"
             )
+
+    def _described(self, catalog: Catalog, row: int) -> str:
+        """The place of a chunk, for messages."""
+        file = names.data_file(self._directory, int(catalog.writer[row]), int(catalog.file[row]))
+        key = catalog.tensors[catalog.tensor[row]].key
+        return f"{self._back_end.describe(file)}: chunk at {int(catalog.file_offset[row])} of tensor {key!r}"
 
     def verify(self, progress: Progress | None = None, *, threads: int = 1) -> list[str]:
         """Reads everything; returns all that is wrong, one line each. `progress(bytes done, bytes in all)`.
@@ -189,7 +290,8 @@ class StoredCheckpoint:
         if size > limit:
             raise FormatError(f"{described}: COMMIT says {size} bytes; expected at most {limit}")
         try:
-            data = read_file(self._back_end, path, size)
+            given = self._given.get(path)
+            data = read_file(self._back_end, path, size) if given is None else given
         except NotFoundError as error:
             raise CorruptionError(f"{error}; COMMIT lists it") from None
         if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:

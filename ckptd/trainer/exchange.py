@@ -1,0 +1,323 @@
+"""Loading by several ranks together: each byte is read from the store once, and passed on to whoever wants it.
+
+Every rank says which rows it wants; all compute one schedule (exchange_schedule.py) and carry it out in rounds. In step
+s of a job on several nodes a rank
+
+    fetches   what is stored of its units of round s that other nodes want, from the store
+    swaps     what was fetched in step s-1: one message per unit and node, as stored, over gloo
+    decodes   its units of round s-1, into one half of memory that the ranks of its node share (exchange_staging.py),
+              or straight into the target where nobody else on the node wants them; on one node from the store
+    copies    into its targets what the others decoded in step s-1, out of the other half
+    agrees    with all ranks that the step went well
+
+and in between, what it alone wants. Without other nodes fetching and swapping fall away.
+
+Nobody can wait for ever. Each step ends with `Group.agree`, which every rank reaches whatever went wrong on it, because
+within a step it waits for nothing but its own threads and for messages that their senders have in hand: they were
+fetched in the step before, and all agreed since. So a failure of one rank is raised on all at the end of the step. A
+rank that dies closes its connections, which ends `swap` and `agree` on all others; one that hangs, the timeout of the
+group does. No half is written before everybody has copied from it, since a step lies between.
+
+Bytes are verified where they are decoded, against the CRC-32C of the checkpoint: what came over a network too, since it
+travels as stored. Between ranks of a node they then pass through the node's memory, and are trusted as memory is.
+
+Memory beyond the targets: ROOM_BYTES twice, shared; on several nodes up to three times as much for messages; and what
+threads decode into (loading.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Protocol, runtime_checkable
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ckptd.core.errors import FormatError
+from ckptd.trainer.collective import Group, Message
+from ckptd.trainer.exchange_schedule import Schedule, Unit, make_schedule
+from ckptd.trainer.exchange_staging import Staging
+from ckptd.trainer.loading import Filling, RunReader, packed, threads_for
+
+Ints = npt.NDArray[np.int64]
+
+ROOM_BYTES = 32 * 1024 * 1024
+"""What a rank decodes for others in one round; a larger unit (a chunk of a foreign writer) makes it larger."""
+
+
+@runtime_checkable
+class SharedTier(RunReader, Protocol):
+    """A tier from which reading twice is dear, as `StoredCheckpoint`: a run can be fetched as it is stored by one rank
+    and decoded by another."""
+
+    def metadata(self) -> bytes: ...
+
+    def adopt(self, metadata: bytes) -> None: ...
+
+    def stored_bytes(self, rows: Sequence[int]) -> int: ...
+
+    def fetch(self, rows: Sequence[int], stored: memoryview) -> None: ...
+
+    def decode(self, rows: Sequence[int], stored: memoryview, into: Sequence[memoryview]) -> None: ...
+
+
+class _Answer(msgspec.Struct, array_like=True):
+    """What a rank wants, as first rows and lengths of runs of rows, and whose memory it can open."""
+
+    rows: bytes
+    opened: list[int]
+
+
+def share_metadata(group: Group, tier: SharedTier) -> None:
+    """Rank 0 reads manifest and objects, and gives them to the others. Collective; the same error on every rank."""
+    if group.size == 1:
+        return
+    read: list[bytes] = []
+
+    def get() -> bytes:
+        if group.rank == 0:
+            read.append(tier.metadata())
+        return b""
+
+    def take() -> bytes:
+        if group.rank != 0:
+            tier.adopt(given)
+        return b""
+
+    group.together(get)
+    given = group.broadcast(read[0] if read else None)
+    group.together(take)
+
+
+class Exchange:
+    """One load by all ranks of a group. Made, and `run`, by every rank; then closed. Raises the same error on every
+    rank; nothing is written into targets before `run`."""
+
+    def __init__(self, group: Group, tier: SharedTier, filling: Filling) -> None:
+        self._group = group
+        self._tier = tier
+        self._filling = filling
+        self._staging = Staging(group.rank)
+        try:
+            self._schedule = self._plan()
+            self._share_memory()
+        except BaseException:
+            self._staging.close()
+            raise
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees shared memory."""
+        self._staging.close()
+
+    def run(self) -> None:
+        """Fills all targets."""
+        threads = threads_for(self._tier)
+        with ThreadPoolExecutor(threads, "ckptd-load") as pool:
+            _Run(self._group, self._tier, self._filling, self._schedule, self._staging, pool).steps()
+
+    def _plan(self) -> Schedule:
+        offers = self._group.together(self._staging.offer)
+        wanted = _encoded(self._filling.rows)
+        answers = self._group.together(lambda: msgspec.msgpack.encode(_Answer(wanted, self._staging.open(offers))))
+        found = [msgspec.msgpack.decode(data, type=_Answer) for data in answers]
+        rows = [_decoded(answer.rows) for answer in found]
+        catalog = self._filling.catalog
+        if any(len(held) and not 0 <= held[0] <= held[-1] < len(catalog) for held in rows):
+            raise FormatError("the ranks have opened different checkpoints; give every rank the same path")
+        return make_schedule(catalog, rows, _nodes([answer.opened for answer in found]), ROOM_BYTES)
+
+    def _share_memory(self) -> None:
+        """Memory for two rounds on every rank that decodes for others; each maps that of its node."""
+        schedule, rank = self._schedule, self._group.rank
+        sharing = schedule.staging()
+
+        def make() -> bytes:
+            if rank in sharing:
+                self._staging.allocate(2 * schedule.room)
+            return b""
+
+        def use() -> bytes:
+            for other in sharing:
+                if schedule.nodes[other] == schedule.nodes[rank]:
+                    self._staging.map(other)
+            return b""
+
+        self._group.together(make)
+        self._group.together(use)
+
+
+class _Run:
+    """The steps of one rank."""
+
+    def __init__(
+        self,
+        group: Group,
+        tier: SharedTier,
+        filling: Filling,
+        schedule: Schedule,
+        staging: Staging,
+        pool: ThreadPoolExecutor,
+    ) -> None:
+        self._group = group
+        self._tier = tier
+        self._filling = filling
+        self._schedule = schedule
+        self._staging = staging
+        self._pool = pool
+        self._rank = group.rank
+        self._node = schedule.nodes[group.rank]
+        self._lag = int(schedule.spans_nodes)
+        self._stored: dict[int, memoryview] = {}
+        self._alone: list[Future[None]] = []
+
+    def steps(self) -> None:
+        """All rounds, and what this rank wants alone, of which a share is begun with each step."""
+        runs = self._tier.runs(self._schedule.alone[self._rank])
+        count = len(self._schedule.rounds) + self._lag + 1
+        share = math.ceil(len(runs) / count)
+        try:
+            for step in range(count):
+                failure = _failure(functools.partial(self._step, step))
+                self._alone += [
+                    self._pool.submit(self._filling.read, self._tier, run)
+                    for run in runs[step * share : (step + 1) * share]
+                ]
+                self._group.agree(failure)
+            self._group.agree(_failure(lambda: _finish(self._alone)))
+        finally:
+            for future in self._alone:
+                future.cancel()
+
+    def _step(self, step: int) -> None:
+        """See the head of the module. Nothing of it goes on when it returns or raises."""
+        number = step - self._lag
+        work = [self._pool.submit(self._copy, unit, number - 1) for unit in self._copied(number - 1)]
+        try:
+            if self._lag:
+                work += [self._pool.submit(self._fetch, unit) for unit in self._fetched(step)]
+                self._swap(number)
+            work += [self._pool.submit(self._decode, unit, number) for unit in self._decoded(number)]
+        finally:
+            wait(work)
+        _finish(work)
+        _finish([future for future in self._alone if future.done()])
+        for unit in self._round(number):
+            self._stored.pop(unit.number, None)
+
+    # --- what this rank does of a round
+
+    def _round(self, number: int) -> list[Unit]:
+        rounds = self._schedule.rounds
+        return rounds[number] if 0 <= number < len(rounds) else []
+
+    def _fetched(self, number: int) -> list[Unit]:
+        return [unit for unit in self._round(number) if unit.reader == self._rank and len(unit.places) > 1]
+
+    def _decoded(self, number: int) -> list[Unit]:
+        return [unit for unit in self._round(number) if self._decoder(unit) == self._rank]
+
+    def _copied(self, number: int) -> list[Unit]:
+        return [
+            unit for unit in self._round(number) if self._rank in unit.wanting and self._decoder(unit) != self._rank
+        ]
+
+    def _decoder(self, unit: Unit) -> int | None:
+        """Who decodes it on this node."""
+        place = unit.places.get(self._node)
+        return None if place is None else place.decoder
+
+    # --- doing it
+
+    def _fetch(self, unit: Unit) -> None:
+        stored = np.empty(self._tier.stored_bytes(unit.rows), np.uint8).data
+        self._tier.fetch(unit.rows, stored)
+        self._stored[unit.number] = stored
+
+    def _swap(self, number: int) -> None:
+        """Sends what was fetched, as it is stored, to the decoders on other nodes, and receives as one of them."""
+        sent, received = [], []
+        for unit in self._round(number):
+            decoders = [place.decoder for place in unit.places.values() if place.decoder != unit.reader]
+            if unit.reader == self._rank:
+                sent += [Message(rank, unit.number, self._stored[unit.number]) for rank in decoders]
+            elif self._rank in decoders:
+                stored = np.empty(self._tier.stored_bytes(unit.rows), np.uint8).data
+                self._stored[unit.number] = stored
+                received.append(Message(unit.reader, unit.number, stored))
+        self._group.swap(sent, received)
+
+    def _decode(self, unit: Unit, number: int) -> None:
+        """Into shared memory and from there into the own targets, or straight into these."""
+        stored = self._stored.get(unit.number)
+
+        def get(into: Sequence[memoryview]) -> None:
+            if stored is None:
+                self._tier.read_run(unit.rows, into)
+            else:
+                self._tier.decode(unit.rows, stored, into)
+
+        if not self._schedule.staged(unit, self._node):
+            self._filling.receive(unit.rows, get)
+            return
+        get([self._staging.memory(self._rank, *span) for span in self._spans(unit, number)])
+        self._copy(unit, number)
+
+    def _copy(self, unit: Unit, number: int) -> None:
+        """Out of the memory of the unit's decoder on this node."""
+        decoder = unit.places[self._node].decoder
+        for row, span in zip(unit.rows, self._spans(unit, number), strict=True):
+            self._filling.place(row, self._staging.tensor(decoder, *span))
+
+    def _spans(self, unit: Unit, number: int) -> Iterator[tuple[int, int]]:
+        """Offset and size of each row of a unit in its decoder's memory; the round says which half."""
+        raw = self._filling.catalog.raw[unit.rows].tolist()
+        first = number % 2 * self._schedule.room + unit.places[self._node].offset
+        return ((first + start, size) for start, size in zip(packed(raw)[0], raw, strict=True))
+
+
+def _failure(work: Callable[[], None]) -> Exception | None:
+    """Does it; what it raised."""
+    try:
+        work()
+    except Exception as error:  # every rank must hear of it before it goes on
+        return error
+    return None
+
+
+def _finish(work: Sequence[Future[None]]) -> None:
+    """Waits for all of it; raises what the first that failed has raised."""
+    wait(work)
+    for future in work:
+        future.result()
+
+
+def _nodes(opened: Sequence[Sequence[int]]) -> list[int]:
+    """A number of the node of each rank. Ranks are on one node if all of them can open the memory of all."""
+    return [
+        min(members) if all(opened[member] == members for member in members) else rank
+        for rank, members in enumerate(opened)
+    ]
+
+
+def _encoded(rows: Ints) -> bytes:
+    """Ascending rows as runs: pairs of first row and length."""
+    first = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    lengths = np.diff(np.append(first, len(rows)))
+    return np.stack([rows[first], lengths], axis=1).astype("<u4").tobytes()
+
+
+def _decoded(data: bytes) -> Ints:
+    first, length = np.frombuffer(data, "<u4").astype(np.int64).reshape(-1, 2).T
+    before = np.cumsum(length) - length
+    rows: Ints = np.arange(int(length.sum()), dtype=np.int64) + np.repeat(first - before, length)
+    return rows

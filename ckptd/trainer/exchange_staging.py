@@ -1,0 +1,103 @@
+"""Memory that the ranks of one node share while they load: each rank writes its own, the others read it.
+
+Owns an anonymous memory file (memfd) per rank. Others open it through /proc/<pid>/fd, which the kernel allows to
+processes of one user that see each other; it has no name, so nothing is left behind whoever is killed, and it is not
+subject to the size of /dev/shm. Where ranks do not see each other (containers of their own), `open` leaves them out,
+and the network is used. Invariants: memory is allocated and sealed before anybody maps it, so no access is a SIGBUS;
+a rank maps the memory of others read-only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from ckptd.core.config import node_name
+from ckptd.core.native import address_of, populate
+from ckptd.tiers.memory import allocate
+from ckptd.trainer.loading import memory_at
+
+
+class _Offer(msgspec.Struct, array_like=True):
+    """Where a rank's memory is, and what it begins with until it is used, by which it is recognised."""
+
+    node: str
+    process: int
+    descriptor: int
+    nonce: bytes
+
+
+class Staging:
+    """This rank's memory, and that of others on its node. In order: `offer`, `open`, `allocate`, `map`; `close`."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._descriptor = -1
+        self._opened: dict[int, int] = {}
+        self._mapped: dict[int, mmap.mmap] = {}
+
+    def offer(self) -> bytes:
+        """Makes it, still empty; what other ranks need in order to open it."""
+        nonce = secrets.token_bytes(16)
+        self._descriptor = os.memfd_create("ckptd-exchange", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.fchmod(self._descriptor, 0o600)
+        os.write(self._descriptor, nonce)
+        return msgspec.msgpack.encode(_Offer(node_name(), os.getpid(), self._descriptor, nonce))
+
+    def open(self, offers: Sequence[bytes]) -> list[int]:
+        """Opens the memory of every rank on this node, by rank; returns those ranks, its own among them."""
+        found = [self._rank]
+        for rank, data in enumerate(offers):
+            offer = msgspec.msgpack.decode(data, type=_Offer)
+            if rank == self._rank or offer.node != node_name():
+                continue
+            with contextlib.suppress(OSError):
+                descriptor = os.open(f"/proc/{offer.process}/fd/{offer.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+                self._opened[rank] = descriptor
+                if os.pread(descriptor, len(offer.nonce), 0) == offer.nonce:
+                    found.append(rank)
+        return sorted(found)
+
+    def allocate(self, size: int) -> None:
+        """Backs this rank's memory. Raises ConfigError where memory is short."""
+        os.ftruncate(self._descriptor, size)
+        allocate(self._descriptor, size)
+        fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self._map(self._rank, mmap.mmap(self._descriptor, size), write=True)
+
+    def map(self, rank: int) -> None:
+        """Maps the memory of a rank that was opened and has allocated."""
+        if rank != self._rank:
+            descriptor = self._opened[rank]
+            size = os.fstat(descriptor).st_size
+            self._map(rank, mmap.mmap(descriptor, size, prot=mmap.PROT_READ), write=False)
+
+    def _map(self, rank: int, mapping: mmap.mmap, *, write: bool) -> None:
+        mapping.madvise(mmap.MADV_DONTFORK)
+        self._mapped[rank] = mapping
+        with contextlib.suppress(OSError):  # an old kernel: pages are mapped one by one, when they are touched
+            populate(address_of(mapping), len(mapping), write=write)
+
+    def memory(self, rank: int, offset: int, size: int) -> memoryview:
+        """Part of a rank's memory; only one's own may be written."""
+        return memory_at(address_of(self._mapped[rank]) + offset, size)
+
+    def tensor(self, rank: int, offset: int, size: int) -> torch.Tensor:
+        """The same as a tensor of bytes."""
+        return torch.frombuffer(self.memory(rank, offset, size), dtype=torch.uint8)
+
+    def close(self) -> None:
+        """Gives everything back; what `memory` and `tensor` gave must not be used any more. Idempotent."""
+        for mapping in self._mapped.values():
+            mapping.close()
+        for descriptor in (*self._opened.values(), self._descriptor):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._mapped, self._opened, self._descriptor = {}, {}, -1
