@@ -11,6 +11,7 @@ Overlap, gaps and coverage are questions for the planner, since replicas and per
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -86,13 +87,16 @@ class Catalog:
     file_offset: Ints
     stored: Ints
     codec: npt.NDArray[np.uint8]
-    _first: Ints = dataclasses.field(init=False, repr=False)
-    _index: dict[str, int] = dataclasses.field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        first = np.searchsorted(self.tensor, np.arange(len(self.tensors) + 1))
-        object.__setattr__(self, "_first", first)
-        object.__setattr__(self, "_index", {t.key: i for i, t in enumerate(self.tensors)})
+    @functools.cached_property
+    def first(self) -> Ints:
+        """The rows of tensor t are `first[t]` to `first[t + 1]`."""
+        return np.asarray(np.searchsorted(self.tensor, np.arange(len(self.tensors) + 1)), np.int64)
+
+    @functools.cached_property
+    def index(self) -> dict[str, int]:
+        """The number of each key's tensor."""
+        return {info[0]: number for number, info in enumerate(self.tensors)}
 
     @classmethod
     def build(
@@ -188,20 +192,20 @@ class Catalog:
         return len(self.tensor)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._index
+        return key in self.index
 
     def info(self, key: str) -> TensorInfo:
         """dtype and shape of `key`; raises NotFoundError."""
         try:
-            return self.tensors[self._index[key]]
+            return self.tensors[self.index[key]]
         except KeyError:
             raise NotFoundError(f"no tensor {key!r}; {len(self.tensors)} others exist") from None
 
     def rows(self, key: str) -> range:
         """The rows that hold parts of `key`; raises NotFoundError."""
         self.info(key)
-        i = self._index[key]
-        return range(int(self._first[i]), int(self._first[i + 1]))
+        i = self.index[key]
+        return range(int(self.first[i]), int(self.first[i + 1]))
 
     def box(self, row: int) -> Box:
         """The box of one chunk."""

@@ -1,9 +1,9 @@
-"""Whether boxes cover a region, and which parts of them to take so that each element is taken once.
+"""Whether boxes cover regions, and which parts of them to take so that each element is taken once.
 
 Owns the geometry that the load and save plans share. Boxes are rows of two integer arrays [n, D], `low` inclusive and
-`high` exclusive; they lie inside the region and are not empty. Knows nothing of tensors, ranks or bytes.
+`high` exclusive; they lie inside their region and are not empty. Knows nothing of tensors, ranks or bytes.
 
-Work is bounded for any input: `tiles` is n log n, `disjoint` refuses (FormatError) more than MAX_OVERLAPPING boxes,
+Work is bounded for any input: `tiled` is n log n, `disjoint` refuses (FormatError) more than MAX_OVERLAPPING boxes,
 which only a foreign or hostile catalog can have for one tensor.
 """
 
@@ -17,11 +17,14 @@ import numpy.typing as npt
 from ckptd.core.errors import FormatError
 
 Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 MAX_OVERLAPPING = 4096
 """Boxes of one region that `disjoint` sorts out; its cost grows with the square."""
 
 _MAX_CORNERS = 2**26
+_CORNERS_AT_ONCE = 2**19
+_KEY_LIMIT = 2**62
 
 
 class Parts(NamedTuple):
@@ -32,36 +35,126 @@ class Parts(NamedTuple):
     high: Ints
 
 
+class Regions(NamedTuple):
+    """Regions and the boxes inside each: those of region g are `first[g]` to `first[g + 1]`."""
+
+    region_low: Ints
+    region_high: Ints
+    first: Ints
+    low: Ints
+    high: Ints
+
+    def take(self, regions: Ints) -> Regions:
+        """Some of the regions, with their boxes."""
+        boxes, first = runs(self.first, regions)
+        return Regions(self.region_low[regions], self.region_high[regions], first, self.low[boxes], self.high[boxes])
+
+
+def runs(first: Ints, chosen: Ints) -> tuple[Ints, Ints]:
+    """The indices `first[g]` to `first[g + 1]` of every chosen g, and where those of each begin among them."""
+    counts = first[chosen + 1] - first[chosen]
+    begin = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    return np.arange(int(begin[-1])) + np.repeat(first[chosen] - begin[:-1], counts), begin
+
+
 def volume(low: Ints, high: Ints) -> Ints:
     """Elements of each box."""
     return np.asarray(np.prod(high - low, axis=-1, dtype=np.int64))
 
 
 def tiles(region_low: Ints, region_high: Ints, low: Ints, high: Ints) -> bool:
-    """Whether the boxes cover the region, each element exactly once.
+    """Whether the boxes cover the region, each element exactly once."""
+    first = np.array([0, len(low)], np.int64)
+    return bool(tiled(Regions(region_low[None], region_high[None], first, low, high))[0])
 
-    The indicator function of a box is the signed sum of the orthants that start at its corners, and orthants are
-    linearly independent; so the boxes tile the region if and only if their signed corners add up to the region's own.
+
+def tiled(regions: Regions) -> Flags:
+    """Whether the boxes of each region cover it, each element exactly once.
+
+    Boxes that differ from their region in one dimension at most, as nearly all do, only have to follow each other in
+    it. For the others: the indicator function of a box is the signed sum of the orthants that start at its corners,
+    and orthants are linearly independent; so boxes tile a region if and only if their signed corners add up to its own.
     """
-    if int(volume(low, high).sum()) != int(volume(region_low, region_high)):
-        return False
-    active = ((low != region_low) | (high != region_high)).any(axis=0)
-    dimensions = int(active.sum())
-    if dimensions == 0:
-        return len(low) == 1
-    if len(low) << dimensions > _MAX_CORNERS:
-        return False
-    lows = np.concatenate([low[:, active], region_low[None, active]])
-    highs = np.concatenate([high[:, active], region_high[None, active]])
-    own = np.ones(len(lows), np.int64)
-    own[-1] = -1
-    upper = np.array([[mask >> d & 1 for d in range(dimensions)] for mask in range(1 << dimensions)], bool)
-    corners = np.where(upper[:, None, :], highs[None], lows[None]).reshape(-1, dimensions)
-    signs = (np.where(upper.sum(axis=1) % 2, -1, 1)[:, None] * own[None]).reshape(-1)
-    order = np.lexsort(corners.T)
-    corners, signs = corners[order], signs[order]
-    first = np.flatnonzero(np.concatenate([[True], (corners[1:] != corners[:-1]).any(axis=1)]))
-    return not np.add.reduceat(signs, first).any()
+    count = len(regions.region_low)
+    owner = np.repeat(np.arange(count), np.diff(regions.first))
+    differs = (regions.low != regions.region_low[owner]) | (regions.high != regions.region_high[owner])
+    active = np.stack(
+        [np.bincount(owner[column], minlength=count) > 0 for column in differs.T] or [np.zeros(count, bool)]
+    )
+    active = active[: differs.shape[1]].T
+    dimensions = active.sum(axis=1)
+    found = (dimensions == 0) & (np.diff(regions.first) == 1)
+    # Sums may wrap around for hostile boxes, and are no more than a reason not to look closer.
+    sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(volume(regions.low, regions.high))])
+    full = np.diff(sums[regions.first]) == volume(regions.region_low, regions.region_high)
+    for number in np.unique(dimensions[full & (dimensions > 0)]).tolist():
+        chosen = np.flatnonzero(full & (dimensions == number))
+        some = regions.take(chosen)
+        axes = np.argsort(~active[chosen], axis=1, kind="stable")[:, :number]
+        found[chosen] = _in_line(some, axes[:, 0]) if number == 1 else _corners_agree(some, axes)
+    return np.asarray(found)
+
+
+def _in_line(regions: Regions, axis: Ints) -> Flags:
+    """Whether the boxes of each region, alike in all dimensions but `axis`, follow each other from end to end."""
+    owner = np.repeat(np.arange(len(axis)), np.diff(regions.first))
+    low, high = (column[np.arange(len(owner)), axis[owner]] for column in (regions.low, regions.high))
+    joint = owner[1:] == owner[:-1]
+    if (low[1:] < low[:-1])[joint].any():
+        order = np.lexsort((low, owner))
+        low, high = low[order], high[order]
+    wrong = np.zeros(len(axis), bool)
+    wrong[owner[1:][joint & (high[:-1] != low[1:])]] = True
+    ends = np.arange(len(axis)), axis
+    wrong |= low[regions.first[:-1]] != regions.region_low[ends]
+    wrong |= high[regions.first[1:] - 1] != regions.region_high[ends]
+    return ~wrong
+
+
+def _corners_agree(regions: Regions, axes: Ints) -> Flags:
+    """Whether the signed corners of each region's boxes, in the dimensions `axes`, add up to those of the region."""
+    agree = np.zeros(len(axes), bool)
+    corners = (
+        np.diff(regions.first) + 1 << axes.shape[1] if axes.shape[1] < 26 else np.full(len(axes), _MAX_CORNERS + 1)
+    )
+    ends = np.cumsum(np.minimum(corners, _MAX_CORNERS + 1))
+    start = 0
+    while start < len(axes):
+        done = int(ends[start - 1]) if start else 0
+        stop = max(int(np.searchsorted(ends, done + _CORNERS_AT_ONCE, "right")), start + 1)
+        if int(ends[stop - 1]) - done <= _MAX_CORNERS:
+            chosen = np.arange(start, stop)
+            agree[start:stop] = _agreement(regions.take(chosen), axes[start:stop])
+        start = stop
+    return agree
+
+
+def _agreement(regions: Regions, axes: Ints) -> Flags:
+    """The same for regions that are looked at together: of each, positive corners of the boxes and negative ones of
+    the region are as many as the others, and have to be the same."""
+    count, number = axes.shape
+    owner = np.concatenate([np.repeat(np.arange(count), np.diff(regions.first)), np.arange(count)])
+    lows = np.take_along_axis(np.concatenate([regions.low, regions.region_low]), axes[owner], axis=1)
+    highs = np.take_along_axis(np.concatenate([regions.high, regions.region_high]), axes[owner], axis=1)
+    is_region = np.arange(len(owner)) >= len(regions.low)
+    keys = np.broadcast_to(owner, (1 << number, len(owner)))
+    bound = count
+    upper = np.arange(1 << number)[:, None] >> np.arange(number) & 1 == 1
+    for position in range(number):
+        coordinate = np.where(upper[:, position, None], highs[None, :, position], lows[None, :, position])
+        span = int(highs[:, position].max()) + 1
+        if bound * span > _KEY_LIMIT:
+            values, ranks = np.unique(keys, return_inverse=True)
+            keys, bound = ranks.reshape(keys.shape), len(values)
+            values, ranks = np.unique(coordinate, return_inverse=True)
+            coordinate, span = ranks.reshape(keys.shape), len(values)
+        keys, bound = keys * span + coordinate, bound * span
+    positive = (upper.sum(axis=1) % 2 == 0)[:, None] != is_region[None]
+    one, other = np.sort(keys[positive]), np.sort(keys[~positive])
+    corners = np.diff(regions.first) + 1 << number - 1
+    wrong = np.zeros(count, bool)
+    wrong[np.repeat(np.arange(count), corners)[one != other]] = True
+    return ~wrong
 
 
 def disjoint(region_low: Ints, region_high: Ints, low: Ints, high: Ints) -> tuple[Parts, tuple[Ints, Ints]]:

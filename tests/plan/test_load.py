@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from ckptd.core.box import Box, cut
 from ckptd.core.catalog import ALL_RANKS, Catalog
-from ckptd.core.errors import MismatchError
-from ckptd.plan import load
-from ckptd.plan.load import LoadPlan, Want, plan_load, plan_partially
+from ckptd.core.errors import FormatError, MismatchError
+from ckptd.plan import cover, load, meet
+from ckptd.plan.load import LoadPlan, Want, plan_boxes, plan_load, plan_partially
 
 
 def catalog_of(*entries: tuple[str, str, tuple[int, ...], Box, int]) -> Catalog:
@@ -105,15 +105,33 @@ def test_a_missing_chunk_is_always_found(case: tuple[Catalog, list[Want]], data:
     assert str(caught.value).count(f"{key}: ") == len([w for w in wants if w.key == key and key not in rest] or needed)
 
 
-def test_blocks_of_wants_give_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+COLUMNS = ("want", "row", "offsets", "sizes")
+
+
+def same(one: LoadPlan, other: LoadPlan) -> bool:
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in COLUMNS)
+
+
+def test_blocks_of_tensors_give_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [(f"t{i}", "int64", (6,), Box((o,), (2,)), ALL_RANKS) for i in range(5) for o in (0, 2, 4)]
-    wants = [Want(f"t{i}", "int64", (6,), Box((1,), (4,))) for i in range(5)]
+    wants = [Want(f"t{i % 5}", "int64", (6,), Box((1,), (4 - i // 5,))) for i in range(10)]
     whole = plan_load(catalog_of(*entries), wants, rank=0)
-    monkeypatch.setattr(load, "_PAIRS_AT_ONCE", 4)
-    parts = plan_load(catalog_of(*entries), wants, rank=0)
-    for name in ("want", "row", "offsets", "sizes"):
-        assert np.array_equal(getattr(whole, name), getattr(parts, name))
-    assert len(whole) == 15
+    monkeypatch.setattr(load, "_AT_ONCE", 4)
+    assert same(whole, plan_load(catalog_of(*entries), wants, rank=0))
+    assert len(whole) == 5 * 3 + 5 * 2
+
+
+def test_runs_of_wants_give_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where wants meet very many chunks, as here of two kinds many times over, they are planned a few at a time."""
+    entries = [("t", "uint8", (90,), Box((o,), (60,)), ALL_RANKS) for o in (0, 30)] * 100
+    entries += [("u", "uint8", (90,), Box((o,), (1,)), ALL_RANKS) for o in range(89)]
+    wants = [Want(key, "uint8", (90,), Box((i // 9,), (80,))) for i in range(99) for key in "tu"]
+    whole, lacks = plan_partially(catalog_of(*entries), wants, rank=0)
+    monkeypatch.setattr(load, "_PAIRS_AT_ONCE", 1)
+    parts, same_lacks = plan_partially(catalog_of(*entries), wants, rank=0)
+    assert same(whole, parts)
+    assert lacks == same_lacks == ["u: no chunk holds elements [89:90]"] * 9
+    assert set(whole.row[whole.want % 2 == 0].tolist()) == {0, 1}
 
 
 def test_own_rows_override_shared_ones_key_by_key() -> None:
@@ -201,3 +219,66 @@ def test_cuts_in_every_dimension() -> None:
     entries = [("w", "uint8", shape, Box(corner, (1,) * 8), ALL_RANKS) for corner in corners]
     plan = plan_load(catalog_of(*entries), [Want("w", "uint8", shape, Box.whole(shape))], rank=0)
     assert len(plan) == 256
+
+
+@settings(max_examples=100, deadline=None)
+@given(resharding())
+def test_wants_as_columns_get_the_same_plan(case: tuple[Catalog, list[Want]]) -> None:
+    catalog, wants = case
+    width = catalog.offsets.shape[1]
+    offsets = [(*want.box.offsets, *(0,) * (width - len(want.shape))) for want in wants]
+    sizes = [(*want.box.sizes, *(1,) * (width - len(want.shape))) for want in wants]
+    tensor = [catalog.index[want.key] for want in wants]
+    assert same(plan_boxes(catalog, tensor, offsets, sizes, rank=3), plan_load(catalog, wants, rank=3))
+
+
+def test_columns_that_cannot_be_filled() -> None:
+    catalog = catalog_of(("w", "float32", (4, 2), Box((0, 0), (3, 2)), ALL_RANKS))
+    with pytest.raises(
+        MismatchError, match=r"there does not fit .* 1 difference:\n  w: no chunk holds elements \[3:4, 1:2"
+    ):
+        plan_boxes(catalog, [0, 0, 0], [[0, 0], [3, 0], [2, 1]], [[2, 2], [0, 2], [2, 1]], what="there")
+
+
+def test_more_chunks_over_each_other_than_are_sorted_out() -> None:
+    """Chunks that a checkpoint of ours never has: refused, whether they are wanted by one or by many."""
+    count = cover.MAX_OVERLAPPING + 1
+    number = np.arange(count)[:, None]
+    catalog = Catalog.build([("w", "uint8", (count + 9,))], np.zeros(count), number, np.full((count, 1), 10))
+    want = Want("w", "uint8", (count + 9,), Box.whole((count + 9,)))
+    for wants in ([want], [want] * 50):
+        with pytest.raises(FormatError, match="overlapping chunks"):
+            plan_load(catalog, wants, rank=0)
+
+
+def test_every_chunk_twice() -> None:
+    """Copies of chunks at other places: the first of each is read, and no want is looked at by itself."""
+    side = 128
+    rows, columns = np.divmod(np.arange(side * side), side)
+    low = np.repeat(np.stack([rows, columns], 1) * 4, 2, axis=0)
+    catalog = Catalog.build([("w", "uint8", (side * 4,) * 2)], np.zeros(len(low)), low, np.full(low.shape, 4))
+    starts = np.stack(np.divmod(np.arange(64 * 64), 64), axis=1) * 8
+    plan = plan_boxes(catalog, np.zeros(len(starts)), starts, np.full(starts.shape, 8))
+    assert (plan.row % 2 == 0).all()
+    assert len(plan) == side * side
+    assert np.array_equal(plan.want, np.repeat(np.arange(len(starts)), 4))
+
+
+def test_300_thousand_tiny_chunks_wanted_by_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tensor in columns and rows: what is looked at grows with the chunks, not with their square."""
+    rows, columns = 500, 600
+    low = np.stack(np.divmod(np.arange(rows * columns), columns), axis=1) * 2
+    catalog = Catalog.build([("w", "uint8", (rows * 2, columns * 2))], np.zeros(len(low)), low, np.full(low.shape, 2))
+    looked: list[int] = []
+    look = meet._look
+
+    def counting(wants: meet.Boxes, chunks: meet.Boxes, asked: meet._Items, held: meet._Items) -> object:
+        ends = (np.searchsorted(held.task, asked.task, side) for side in ("right", "left"))
+        looked.append(int(np.subtract(*ends).sum()))
+        return look(wants, chunks, asked, held)
+
+    monkeypatch.setattr(meet, "_look", counting)
+    low = np.stack(np.divmod(np.arange(rows * columns), rows), axis=1) * 2
+    wanted = plan_boxes(catalog, np.zeros(len(low)), low[:, ::-1], np.full(low.shape, 2))
+    assert np.array_equal(np.sort(wanted.row), np.arange(len(low)))
+    assert sum(looked) <= 40 * len(low)
