@@ -28,6 +28,8 @@ Ints = npt.NDArray[np.int64]
 _AT_ONCE = 2**19
 """Wants and rows that are planned together, unless one tensor has more."""
 
+_ROWS_AT_ONCE = 2**16
+
 _PAIRS_AT_ONCE = 2**24
 """Pairs of wants and rows that are kept before they are known to be parts; more only where all have so many."""
 
@@ -227,9 +229,10 @@ def _planned(catalog: Catalog, rank: int, tensor: Ints, low: Ints, high: Ints) -
         stop = max(int(np.searchsorted(ends, done + _AT_ONCE, "right")), start + 1)
         span = slice(int(wants_first[start]), int(wants_first[stop]))
         numbers = np.arange(span.start, span.stop) if order is None else order[span]
-        rows = _served(catalog, rank, asked[start:stop])
-        chunk_low = catalog.offsets[rows]
         wants = Boxes(ascending[span], low[numbers], high[numbers])
+        hulls = _hulls(wants, wants_first[start:stop] - span.start)
+        rows = _reaching(catalog, _served(catalog, rank, hulls.group), hulls)
+        chunk_low = catalog.offsets[rows]
         chunks = Boxes(catalog.tensor[rows].astype(np.int64), chunk_low, chunk_low + catalog.sizes[rows])
         for parts, missing in _block(wants, chunks):
             found.append(parts._replace(want=numbers[parts.want], row=rows[parts.row]))
@@ -239,6 +242,25 @@ def _planned(catalog: Catalog, rank: int, tensor: Ints, low: Ints, high: Ints) -
     if (np.diff(joined.want) < 0).any():
         joined = joined.take(np.argsort(joined.want, kind="stable"))
     return joined, sorted(gaps, key=lambda gap: gap.want)
+
+
+def _hulls(wants: Boxes, first: Ints) -> Boxes:
+    """Of each tensor the box around its wants, which begin at `first`."""
+    return Boxes(wants.group[first], np.minimum.reduceat(wants.low, first), np.maximum.reduceat(wants.high, first))
+
+
+def _reaching(catalog: Catalog, rows: Ints, hulls: Boxes) -> Ints:
+    """The rows that reach the hull of their tensor: few where one rank asks. Takes little memory beside them."""
+    kept = np.ones(len(rows), bool)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        some, fits = rows[start : start + _ROWS_AT_ONCE], kept[start : start + _ROWS_AT_ONCE]
+        hull = np.searchsorted(hulls.group, catalog.tensor[some])
+        for dimension in range(hulls.low.shape[1]):
+            low = catalog.offsets[some, dimension]
+            fits &= low < hulls.high[hull, dimension]
+            low += catalog.sizes[some, dimension]
+            fits &= low > hulls.low[hull, dimension]
+    return rows if kept.all() else rows[kept]
 
 
 def _block(wants: Boxes, chunks: Boxes) -> Iterator[tuple[_Found, list[_Gap]]]:

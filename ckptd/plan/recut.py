@@ -32,9 +32,6 @@ PART_BYTES = 4 * 1024**3
 PART_CHUNKS = 16_384
 PART_PIECES = 32_768
 
-_PAIRS_AT_ONCE = 2**17
-"""Wants times source rows that are planned in one go."""
-
 
 class Unit(NamedTuple):
     """Chunks that belong together: of one tensor and its ties (`infos`, by key), of the values of one rank or of all.
@@ -274,32 +271,11 @@ class _Cuts(NamedTuple):
 
 
 def _cuts(catalog: Catalog, wants: Sequence[Want], chunk_of_want: Ints, what: str) -> _Cuts:
-    """The load plan of all wants, on the rows of their tensors only and a bounded number of them at a time."""
-    width = catalog.offsets.shape[1]
-    none = np.zeros(0, np.int64)
-    found = [_Cuts(none, none, np.zeros((0, width), np.int64), np.zeros((0, width), np.int64))]
-    for start, stop in _runs(catalog, wants):
-        keys = sorted({want.key for want in wants[start:stop]})
-        rows = np.concatenate([np.asarray(catalog.rows(key), np.int64) for key in keys])
-        plan, problems = plan_partially(catalog.select(rows), wants[start:stop], rank=ALL_RANKS)
-        if problems:
-            raise FormatError(f"{what}: not a whole checkpoint: {'; '.join(problems[:5])}")
-        boxes = (_widened(plan.offsets, width, 0), _widened(plan.sizes, width, 1))
-        found.append(_Cuts(chunk_of_want[plan.want + start], rows[plan.row], *boxes))
-    return _Cuts(*(np.concatenate(columns) for columns in zip(*found, strict=True)))
-
-
-def _runs(catalog: Catalog, wants: Sequence[Want]) -> Iterator[tuple[int, int]]:
-    """Runs of wants that meet at most _PAIRS_AT_ONCE rows together, or of one want."""
-    start = pairs = 0
-    for index, want in enumerate(wants):
-        more = len(catalog.rows(want.key))
-        if index > start and pairs + more > _PAIRS_AT_ONCE:
-            yield start, index
-            start, pairs = index, 0
-        pairs += more
-    if start < len(wants):
-        yield start, len(wants)
+    """The load plan of all wants."""
+    plan, problems = plan_partially(catalog, wants, rank=ALL_RANKS)
+    if problems:
+        raise FormatError(f"{what}: not a whole checkpoint: {'; '.join(problems[:5])}")
+    return _Cuts(chunk_of_want[plan.want], plan.row, plan.offsets, plan.sizes)
 
 
 def _target_catalog(part: PartPlan, units: Sequence[Unit], boxes: dict[int, tuple[Ints, Ints]]) -> Catalog:
