@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,4 +26,26 @@ def copy_bytes(source_address: int, target: BufferLike, crc: bool = True) -> int
 def address_of(buffer: BufferLike) -> int: ...
 def byteplanes_split(source: BufferLike, target: BufferLike, itemsize: int) -> None: ...
 def byteplanes_join(source: BufferLike, target: BufferLike, itemsize: int) -> None: ...
+def erasure_encode(
+    sources: npt.NDArray[np.uint64],
+    sizes: npt.NDArray[np.int64],
+    targets: npt.NDArray[np.uint64],
+    lengths: npt.NDArray[np.int64],
+    *,
+    crc: npt.NDArray[np.uint32] | None = None,
+    threads: int = 1,
+    portable: bool = False,
+) -> None: ...
+def erasure_decode(
+    present: Sequence[int],
+    wanted: Sequence[int],
+    sources: npt.NDArray[np.uint64],
+    sizes: npt.NDArray[np.int64],
+    targets: npt.NDArray[np.uint64],
+    lengths: npt.NDArray[np.int64],
+    *,
+    crc: npt.NDArray[np.uint32] | None = None,
+    threads: int = 1,
+    portable: bool = False,
+) -> None: ...
 def populate(address: int, size: int, *, write: bool = True) -> None: ...

@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <cerrno>
 #include <optional>
@@ -15,6 +16,7 @@
 #include "byteplanes.hpp"
 #include "copy.hpp"
 #include "crc32c.hpp"
+#include "erasure.hpp"
 #include "isal.hpp"
 #include "memory.hpp"
 
@@ -58,9 +60,9 @@ std::string shape_text(const std::vector<std::size_t>& shape) {
     return text + "]";
 }
 
-// Checks that a column is a packed array of `Element` in main memory with the shape given.
+// Checks that a column is a packed array of `Element` in main memory with the shape given. `name` is for the message.
 template <typename Element, typename Array>
-Element* checked(const Array& array, const char* name, const std::vector<std::size_t>& shape) {
+Element* checked(const Array& array, const std::string& name, const std::vector<std::size_t>& shape) {
     std::vector<std::size_t> found(array.ndim());
     bool packed = true;
     std::int64_t expected = 1;
@@ -69,9 +71,7 @@ Element* checked(const Array& array, const char* name, const std::vector<std::si
         if (found[i] > 1 && array.stride(i) != expected) packed = false;
         expected *= static_cast<std::int64_t>(found[i]);
     }
-    const auto fail = [&](const std::string& what) {
-        throw nb::value_error((std::string("copy_boxes: ") + name + " " + what).c_str());
-    };
+    const auto fail = [&](const std::string& what) { throw nb::value_error((name + " " + what).c_str()); };
     if (array.device_type() != nb::device::cpu::value) fail("is not in main memory");
     if (array.dtype() != nb::dtype<std::remove_const_t<Element>>()) fail("has the wrong dtype");
     if (found != shape) fail("has shape " + shape_text(found) + ", expected " + shape_text(shape));
@@ -86,6 +86,7 @@ void require_checksums() {
 void load_isal(const std::string& path) {
     isal::load(path);
     crc32c::prepare();
+    erasure::prepare();
 }
 
 std::uint32_t crc32c_of(nb::handle data, std::uint32_t initial) {
@@ -105,20 +106,63 @@ void copy_boxes_of(const Column& source, const Column& target, const Column& siz
     const std::size_t dimensions = sizes.shape(1);
     CopyJobs jobs{count,
                   dimensions,
-                  checked<const std::uint64_t>(source, "source", {count}),
-                  checked<const std::uint64_t>(target, "target", {count}),
-                  checked<const std::int64_t>(sizes, "sizes", {count, dimensions}),
-                  checked<const std::int64_t>(source_strides, "source_strides", {count, dimensions}),
-                  checked<const std::int64_t>(target_strides, "target_strides", {count, dimensions}),
-                  checked<const std::int64_t>(itemsize, "itemsize", {count}),
+                  checked<const std::uint64_t>(source, "copy_boxes: source", {count}),
+                  checked<const std::uint64_t>(target, "copy_boxes: target", {count}),
+                  checked<const std::int64_t>(sizes, "copy_boxes: sizes", {count, dimensions}),
+                  checked<const std::int64_t>(source_strides, "copy_boxes: source_strides", {count, dimensions}),
+                  checked<const std::int64_t>(target_strides, "copy_boxes: target_strides", {count, dimensions}),
+                  checked<const std::int64_t>(itemsize, "copy_boxes: itemsize", {count}),
                   nullptr};
     if (crc.has_value()) {
         require_checksums();
-        jobs.crc = checked<std::uint32_t>(*crc, "crc", {count});
+        jobs.crc = checked<std::uint32_t>(*crc, "copy_boxes: crc", {count});
     }
     nb::gil_scoped_release released;
     check_jobs(jobs);
     copy_boxes(jobs, static_cast<std::size_t>(threads));
+}
+
+// The columns of rows that `matrix` is to multiply, checked for shape and dtype.
+erasure::Rows rows_of(const std::string& function, const erasure::Matrix& matrix, const Column& sources,
+                      const Column& sizes, const Column& targets, const Column& lengths,
+                      const std::optional<WritableColumn>& crc) {
+    const std::size_t count = sources.shape(0);
+    const std::vector<std::size_t> inputs{count, matrix.sources};
+    const std::vector<std::size_t> outputs{count, matrix.targets};
+    if (crc.has_value()) require_checksums();
+    return {count,
+            checked<const std::uint64_t>(sources, function + ": sources", inputs),
+            checked<const std::int64_t>(sizes, function + ": sizes", inputs),
+            checked<const std::uint64_t>(targets, function + ": targets", outputs),
+            checked<const std::int64_t>(lengths, function + ": lengths", {count}),
+            crc.has_value() ? checked<std::uint32_t>(*crc, function + ": crc", outputs) : nullptr};
+}
+
+void multiply_rows(const erasure::Rows& rows, const erasure::Matrix& matrix, std::int64_t threads, bool portable) {
+    nb::gil_scoped_release released;
+    erasure::check_rows(rows, matrix);
+    erasure::multiply(rows, matrix, static_cast<std::size_t>(threads), portable);
+}
+
+void require_rows(const std::string& function, const Column& sources, const Column& targets, std::int64_t threads) {
+    if (sources.ndim() != 2) throw nb::value_error((function + ": sources is not two-dimensional").c_str());
+    if (targets.ndim() != 2) throw nb::value_error((function + ": targets is not two-dimensional").c_str());
+    if (threads < 1) throw nb::value_error((function + ": threads is less than 1").c_str());
+}
+
+void erasure_encode(const Column& sources, const Column& sizes, const Column& targets, const Column& lengths,
+                    std::optional<WritableColumn> crc, std::int64_t threads, bool portable) {
+    require_rows("erasure_encode", sources, targets, threads);
+    const erasure::Matrix matrix = erasure::encoding_matrix(sources.shape(1), targets.shape(1));
+    multiply_rows(rows_of("erasure_encode", matrix, sources, sizes, targets, lengths, crc), matrix, threads, portable);
+}
+
+void erasure_decode(const std::vector<std::int64_t>& present, const std::vector<std::int64_t>& wanted,
+                    const Column& sources, const Column& sizes, const Column& targets, const Column& lengths,
+                    std::optional<WritableColumn> crc, std::int64_t threads, bool portable) {
+    require_rows("erasure_decode", sources, targets, threads);
+    const erasure::Matrix matrix = erasure::decoding_matrix(present, wanted);
+    multiply_rows(rows_of("erasure_decode", matrix, sources, sizes, targets, lengths, crc), matrix, threads, portable);
 }
 
 std::uint32_t copy_bytes(std::uint64_t source_address, nb::handle target, bool crc) {
@@ -197,5 +241,11 @@ NB_MODULE(_native, module) {
             transform_planes(source, target, itemsize, byteplanes::join);
         },
         "source"_a, "target"_a, "itemsize"_a);
+    module.def("erasure_encode", &erasure_encode, "sources"_a.noconvert(), "sizes"_a.noconvert(),
+               "targets"_a.noconvert(), "lengths"_a.noconvert(), nb::kw_only(), "crc"_a.noconvert() = nb::none(),
+               "threads"_a = 1, "portable"_a = false);
+    module.def("erasure_decode", &erasure_decode, "present"_a, "wanted"_a, "sources"_a.noconvert(),
+               "sizes"_a.noconvert(), "targets"_a.noconvert(), "lengths"_a.noconvert(), nb::kw_only(),
+               "crc"_a.noconvert() = nb::none(), "threads"_a = 1, "portable"_a = false);
     module.def("populate", &populate_pages, "address"_a, "size"_a, nb::kw_only(), "write"_a = true);
 }

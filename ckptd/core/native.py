@@ -1,4 +1,4 @@
-"""The native functions: checksums, copies of strided boxes, byte planes, population of memory.
+"""The native functions: checksums, copies of strided boxes, byte planes, erasure codes, population of memory.
 
 The only importer of `ckptd._native`. Loads ISA-L once, on import: from the pyeclib wheel, else the system's. All
 functions release the GIL and check what they can (ValueError); addresses cannot be checked and are the caller's care.
@@ -7,7 +7,7 @@ functions release the GIL and check what they can (ValueError); addresses cannot
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,8 @@ __all__ = [
     "copy_bytes",
     "crc32c",
     "crc32c_combine",
+    "erasure_decode",
+    "erasure_encode",
     "populate",
 ]
 
@@ -112,6 +114,52 @@ def byteplanes_split(source: BufferLike, target: BufferLike, itemsize: int) -> N
 def byteplanes_join(source: BufferLike, target: BufferLike, itemsize: int) -> None:
     """The inverse of `byteplanes_split`."""
     _native.byteplanes_join(source, target, itemsize)
+
+
+def erasure_encode(
+    sources: npt.NDArray[np.uint64],
+    sizes: npt.NDArray[np.int64],
+    targets: npt.NDArray[np.uint64],
+    lengths: npt.NDArray[np.int64],
+    *,
+    crc: npt.NDArray[np.uint32] | None = None,
+    threads: int = 1,
+    portable: bool = False,
+) -> None:
+    """The m parities of k data segments, for n rows at once; the code of docs/erasure.md, section 4.
+
+    `sources` and `sizes` are [n, k]: addresses, and bytes that are there; a source shorter than its row is as if zeros
+    followed, and is not read beyond its end. `targets` are [n, m], `lengths` [n]: each target receives that many bytes.
+    No alignment is needed. `crc` [n, m] receives the CRC-32C of each target. Uses up to `threads` threads, the caller's
+    included; long rows are split among them. `portable`: without ISA-L, slowly, the same bytes.
+
+    Raises ValueError, before a byte is read or written, for arrays of the wrong shape or dtype, k < 1, k + m > 256,
+    sizes beyond their row, null addresses, and targets that overlap a source or each other in one row.
+    """
+    _native.erasure_encode(sources, sizes, targets, lengths, crc=crc, threads=threads, portable=portable)
+
+
+def erasure_decode(
+    present: Sequence[int],
+    wanted: Sequence[int],
+    sources: npt.NDArray[np.uint64],
+    sizes: npt.NDArray[np.int64],
+    targets: npt.NDArray[np.uint64],
+    lengths: npt.NDArray[np.int64],
+    *,
+    crc: npt.NDArray[np.uint32] | None = None,
+    threads: int = 1,
+    portable: bool = False,
+) -> None:
+    """The wanted positions of stripes from any k present ones; arrays and errors as in `erasure_encode`.
+
+    Column i of `sources` and `sizes` is position present[i], column i of `targets` position wanted[i]: 0 to k - 1 are
+    data, k + t is parity t, where k = len(present). Also ValueError for positions that are none, given twice, or both
+    present and wanted.
+    """
+    _native.erasure_decode(
+        present, wanted, sources, sizes, targets, lengths, crc=crc, threads=threads, portable=portable
+    )
 
 
 def populate(address: int, size: int, *, write: bool = True) -> None:
