@@ -78,9 +78,9 @@ def plan_partially(
     differences: list[str] = []
     usable, tensor = _compare(catalog, wants, cast, differences)
     low, high = _boxes_of([wants[index].box for index in usable], catalog.offsets.shape[1])
-    found, gaps = _planned(catalog, rank, np.asarray(tensor, np.int64), low, high)
+    plan, gaps = _planned(catalog, rank, np.asarray(tensor, np.int64), low, high)
     differences += [_gap(catalog, wants[usable[gap.want]], gap) for gap in gaps]
-    return found.plan(np.asarray(usable, np.int64)), differences
+    return dataclasses.replace(plan, want=np.asarray(usable, np.int64)[plan.want]), differences
 
 
 def plan_boxes(
@@ -103,7 +103,7 @@ def plan_boxes(
     usable = np.flatnonzero((extent > 0).all(axis=1)).astype(np.int64)
     every = len(usable) == len(asked)
     columns = (asked, low, low + extent)
-    found, gaps = _planned(catalog, rank, *(columns if every else (column[usable] for column in columns)))
+    plan, gaps = _planned(catalog, rank, *(columns if every else (column[usable] for column in columns)))
     if gaps:
         named = [(catalog.tensors[int(asked[usable[gap.want]])], int(usable[gap.want]), gap) for gap in gaps]
         lines = [
@@ -111,7 +111,7 @@ def plan_boxes(
             for info, want, gap in named
         ]
         raise MismatchError(mismatch_message(what, lines))
-    return found.plan(None if every else usable)
+    return plan if every else dataclasses.replace(plan, want=usable[plan.want])
 
 
 def served_rows(catalog: Catalog, rank: int) -> Ints:
@@ -184,44 +184,26 @@ class _Gap(NamedTuple):
     high: Ints
 
 
-class _Found(NamedTuple):
-    """Parts, by want, then row."""
+class _Parts(NamedTuple):
+    """Which rows the wants `want` (ascending) take, one after the other: `counts` of them each. A part is what want and
+    row have in common, but the parts `own` (indices) are only `own_low` to `own_high` of it."""
 
     want: Ints
+    counts: Ints
     row: Ints
-    low: Ints
-    high: Ints
-
-    def take(self, chosen: npt.NDArray[np.generic]) -> _Found:
-        return _Found(self.want[chosen], self.row[chosen], self.low[chosen], self.high[chosen])
-
-    @classmethod
-    def joined(cls, found: list[_Found], width: int) -> _Found:
-        """All parts of several. Takes the columns out of the list as it goes, since they may be large."""
-        none = np.zeros(0, np.int64), np.zeros((0, width), np.int64)
-        empty = _Found(none[0], none[0], none[1], none[1])
-        columns = [list(column) for column in zip(empty, *found, strict=True)]
-        found.clear()
-        made = []
-        while columns:
-            made.append(np.concatenate(columns.pop(0)))
-        return cls(*made)
-
-    def plan(self, names: Ints | None) -> LoadPlan:
-        """The load plan, with the wants' names instead of their numbers."""
-        sizes = self.high
-        sizes -= self.low
-        return LoadPlan(self.want if names is None else names[self.want], self.row, self.low, sizes)
+    own: Ints
+    own_low: Ints
+    own_high: Ints
 
 
-def _planned(catalog: Catalog, rank: int, tensor: Ints, low: Ints, high: Ints) -> tuple[_Found, list[_Gap]]:
-    """The parts of all wants that can be filled, and what the others lack. Wants are boxes that are not empty."""
+def _planned(catalog: Catalog, rank: int, tensor: Ints, low: Ints, high: Ints) -> tuple[LoadPlan, list[_Gap]]:
+    """The plan of all wants that can be filled, and what the others lack. Wants are boxes that are not empty."""
     order = np.argsort(tensor, kind="stable") if (np.diff(tensor) < 0).any() else None
     ascending = tensor if order is None else tensor[order]
     asked, wants_first = np.unique(ascending, return_index=True)
     wants_first = np.append(wants_first, len(ascending))
     ends = np.cumsum(np.diff(wants_first) + catalog.first[asked + 1] - catalog.first[asked])
-    found: list[_Found] = []
+    found: list[_Parts] = []
     gaps: list[_Gap] = []
     start = 0
     while start < len(asked):
@@ -238,10 +220,37 @@ def _planned(catalog: Catalog, rank: int, tensor: Ints, low: Ints, high: Ints) -
             found.append(parts._replace(want=numbers[parts.want], row=rows[parts.row]))
             gaps += [gap._replace(want=int(numbers[gap.want])) for gap in missing]
         start = stop
-    joined = _Found.joined(found, low.shape[1])
-    if (np.diff(joined.want) < 0).any():
-        joined = joined.take(np.argsort(joined.want, kind="stable"))
-    return joined, sorted(gaps, key=lambda gap: gap.want)
+    return _assembled(catalog, found, low, high), sorted(gaps, key=lambda gap: gap.want)
+
+
+def _assembled(catalog: Catalog, found: list[_Parts], low: Ints, high: Ints) -> LoadPlan:
+    """The plan of all parts, by want. Takes them out of the list as it goes: a plan may be most of the memory there is,
+    and its columns are written once, straight to their places."""
+    counts = np.zeros(len(low), np.int64)
+    for parts in found:
+        counts[parts.want] = parts.counts
+    first = np.cumsum(counts) - counts
+    row = np.empty(int(counts.sum()), np.int64)
+    own: list[tuple[Ints, Ints, Ints]] = []
+    while found:
+        parts = found.pop()
+        before = np.cumsum(parts.counts) - parts.counts
+        place = np.arange(len(parts.row)) + np.repeat(first[parts.want] - before, parts.counts)
+        row[place] = parts.row
+        if len(parts.own):
+            own.append((place[parts.own], parts.own_low, parts.own_high))
+    want = np.repeat(np.arange(len(low)), counts)
+    offsets, sizes = (np.empty((len(row), low.shape[1]), np.int64) for _ in range(2))
+    for start in range(0, len(row), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        begin = catalog.offsets[row[part]]
+        end = np.minimum(high[want[part]], begin + catalog.sizes[row[part]])
+        np.maximum(low[want[part]], begin, out=offsets[part])
+        np.subtract(end, offsets[part], out=sizes[part])
+    for place, own_low, own_high in own:
+        offsets[place] = own_low
+        sizes[place] = own_high - own_low
+    return LoadPlan(want, row, offsets, sizes)
 
 
 def _hulls(wants: Boxes, first: Ints) -> Boxes:
@@ -263,19 +272,19 @@ def _reaching(catalog: Catalog, rows: Ints, hulls: Boxes) -> Ints:
     return rows if kept.all() else rows[kept]
 
 
-def _block(wants: Boxes, chunks: Boxes) -> Iterator[tuple[_Found, list[_Gap]]]:
+def _block(wants: Boxes, chunks: Boxes) -> Iterator[tuple[_Parts, list[_Gap]]]:
     """The parts of some wants; in several runs of them where they meet very many chunks each."""
     count = len(wants.group)
     pairs = meetings(wants, chunks, None if count == 1 else max(_PAIRS_AT_ONCE, 16 * (count + len(chunks.group))))
     if pairs is not None:
-        yield _parts(wants, chunks, *pairs)
+        yield _parts_of(wants, chunks, *pairs)
         return
     rows = _first_alike(chunks.group, chunks.low, chunks.high)
     chunks = Boxes(*(column[rows] for column in chunks))
-    for part in (slice(count // 2), slice(count // 2, count)):
-        for found, gaps in _block(Boxes(*(column[part] for column in wants)), chunks):
-            moved = [gap._replace(want=gap.want + (part.start or 0)) for gap in gaps]
-            yield found._replace(want=found.want + (part.start or 0), row=rows[found.row]), moved
+    for start, stop in ((0, count // 2), (count // 2, count)):
+        for parts, gaps in _block(Boxes(*(column[start:stop] for column in wants)), chunks):
+            moved = [gap._replace(want=gap.want + start) for gap in gaps]
+            yield parts._replace(want=parts.want + start, row=rows[parts.row]), moved
 
 
 def _first_alike(group: Ints, low: Ints, high: Ints) -> Ints:
@@ -288,41 +297,50 @@ def _first_alike(group: Ints, low: Ints, high: Ints) -> Ints:
     return np.sort(np.delete(order, np.flatnonzero(alike) + 1))
 
 
-def _parts(wants: Boxes, chunks: Boxes, want: Ints, row: Ints) -> tuple[_Found, list[_Gap]]:
+def _parts_of(wants: Boxes, chunks: Boxes, want: Ints, row: Ints) -> tuple[_Parts, list[_Gap]]:
     """What of the chunks goes where, from the pairs that meet. Only wants that are not tiled by their chunks are looked
     at one by one, and not even these if that is because of chunks that exist twice."""
-    low = np.maximum(wants.low[want], chunks.low[row])
-    high = np.minimum(wants.high[want], chunks.high[row])
-    found = _Found(want, row, low, high)
-    tiled = _tiled(wants, found)
+    count = len(wants.group)
+    tiled = _tiled(wants, chunks, want, row)
+    none = np.zeros((0, wants.low.shape[1]), np.int64)
     if tiled.all():
-        return found, []
-    doubtful = found.take(~tiled[want])
-    doubtful = doubtful.take(_first_alike(doubtful.want, doubtful.low, doubtful.high))
-    settled = _tiled(wants, doubtful)
-    parts = [found.take(tiled[want]), doubtful.take(settled[doubtful.want])]
+        counts = np.bincount(want, minlength=count)
+        return _Parts(np.arange(count), counts, row, np.zeros(0, np.int64), none, none), []
+    doubtful = np.flatnonzero(~tiled[want])
+    doubtful = doubtful[_first_alike(want[doubtful], *_common(wants, chunks, want[doubtful], row[doubtful]))]
+    settled = _tiled(wants, chunks, want[doubtful], row[doubtful])
+    sound = np.concatenate([np.flatnonzero(tiled[want]), doubtful[settled[want[doubtful]]]])
+    columns = [(want[sound], row[sound], np.zeros(len(sound), bool))]
+    boxes = [(none, none)]
     gaps = []
-    first = np.searchsorted(doubtful.want, np.arange(len(tiled) + 1))
     for number in np.flatnonzero(~tiled & ~settled).tolist():
-        span = slice(int(first[number]), int(first[number + 1]))
         region = wants.low[number], wants.high[number]
-        if span.start == span.stop:
-            gaps.append(_Gap(number, region[0][None], region[1][None]))
-            continue
-        chosen, (left_low, left_high) = cover.disjoint(*region, doubtful.low[span], doubtful.high[span])
+        span = doubtful[np.searchsorted(want[doubtful], number) : np.searchsorted(want[doubtful], number + 1)]
+        chosen, (left_low, left_high) = cover.disjoint(*region, *_common(wants, chunks, want[span], row[span]))
         if len(left_low):
             gaps.append(_Gap(number, left_low, left_high))
             continue
-        rows = doubtful.row[span][chosen.source]
-        parts.append(_Found(np.full(len(rows), number, np.int64), rows, chosen.low, chosen.high))
-    joined = _Found.joined(parts, wants.low.shape[1])
-    return joined.take(np.lexsort((joined.row, joined.want))), gaps
+        taken = span[chosen.source]
+        columns.append((want[taken], row[taken], np.ones(len(taken), bool)))
+        boxes.append((chosen.low, chosen.high))
+    want, row, own = (np.concatenate(column) for column in zip(*columns, strict=True))
+    order = np.lexsort((row, want))
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    own_low, own_high = (np.concatenate(column) for column in zip(*boxes, strict=True))
+    counts = np.bincount(want, minlength=count)
+    return _Parts(np.arange(count), counts, row[order], place[own], own_low, own_high), gaps
 
 
-def _tiled(wants: Boxes, parts: _Found) -> npt.NDArray[np.bool_]:
-    """Whether the parts of each want cover it exactly once."""
-    first = np.searchsorted(parts.want, np.arange(len(wants.group) + 1))
-    return cover.tiled(cover.Regions(wants.low, wants.high, first, parts.low, parts.high))
+def _common(wants: Boxes, chunks: Boxes, want: Ints, row: Ints) -> tuple[Ints, Ints]:
+    """(low, high) of what each want and row have in common."""
+    return np.maximum(wants.low[want], chunks.low[row]), np.minimum(wants.high[want], chunks.high[row])
+
+
+def _tiled(wants: Boxes, chunks: Boxes, want: Ints, row: Ints) -> npt.NDArray[np.bool_]:
+    """Whether the rows of each want cover it exactly once."""
+    first = np.searchsorted(want, np.arange(len(wants.group) + 1))
+    return cover.tiled(cover.Regions(wants.low, wants.high, first, *_common(wants, chunks, want, row)))
 
 
 def _gap(catalog: Catalog, want: Want, gap: _Gap) -> str:
