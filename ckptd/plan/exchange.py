@@ -130,7 +130,9 @@ class _Choices(NamedTuple):
     def of_bins(self, outer: Ints) -> _Choices:
         """The same rows with the choice between outer bins: `outer[b]` holds bin b."""
         bins = int(outer.max()) + 1
-        keys = np.unique(self.owner() * bins + outer[self.bin])
+        keys = self.owner() * bins + outer[self.bin]
+        keys.sort()
+        keys = keys[_first_of_each(keys)]
         return _Choices(self.row, np.searchsorted(keys, np.arange(len(self.row) + 1) * bins), keys % bins)
 
     def within(self, chosen: Ints, outer: Ints) -> _Choices:
