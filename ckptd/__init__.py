@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ckptd.core.types import Level
     from ckptd.trainer.api import Checkpoint, load, open, save
     from ckptd.trainer.checkpointer import Checkpointer
+    from ckptd.trainer.state_flat import FlatRange, FlatShards, flat_ranges
 
 _HOMES = {
     "ckptd.core.errors": (
@@ -45,6 +46,7 @@ _HOMES = {
     "ckptd.core.types": ("Level",),
     "ckptd.trainer.api": ("Checkpoint", "load", "open", "save"),
     "ckptd.trainer.checkpointer": ("Checkpointer",),
+    "ckptd.trainer.state_flat": ("FlatRange", "FlatShards", "flat_ranges"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -56,6 +58,8 @@ __all__ = [
     "CorruptionError",
     "DaemonError",
     "DeadlineError",
+    "FlatRange",
+    "FlatShards",
     "FormatError",
     "Level",
     "MismatchError",
@@ -63,6 +67,7 @@ __all__ = [
     "StoreError",
     "UnrecoverableError",
     "VersionError",
+    "flat_ranges",
     "load",
     "open",
     "save",

@@ -7,8 +7,10 @@ Owns one rule, used by a synchronous save and by the flush of a snapshot alike, 
 - Objects: the value of the lowest rank that holds a path is in the shared table. Another rank's differing value is a
   uint8 tensor `objects/<path>@<rank>`. Objects under `rng/` are always per rank, the lowest one's too.
 
-Own values mean something only to the same number of ranks: another world takes the shared ones, except for generators,
-where rank r takes what rank r had. Pure; values are bytes whose content is not looked into.
+Own values mean something only to the same number of ranks. In another world every rank takes the shared ones, and the
+generators of rank 0, with an object at ANOTHER_WORLD that says so: whoever sets generators derives one for each rank.
+Groups of optimizers (`.../param_groups`) are found by the names in them: a rank gets all that differ, those of other
+ranks at `<path>@<rank>`. Pure; values are bytes whose content is not looked into.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import msgspec
 import numpy as np
 
 from ckptd.core.box import Box, cut
@@ -28,10 +31,25 @@ from ckptd.plan.save import place
 OBJECTS_PREFIX = "objects/"
 RNG_PREFIX = "rng/"
 
+ANOTHER_WORLD = f"{RNG_PREFIX}another_world"
+"""Path of the object that a rank of another world gets besides: a `Newcomer`."""
+
+BY_NAME = "/param_groups"
+"""Ends the paths of objects of which a rank gets every distinct value."""
+
 OBJECTS_FILE = 1
 """`file` column of rows whose bytes are objects rather than tensors of the slot (file 0)."""
 
 Read = Callable[[int, memoryview], None]
+
+
+class Newcomer(msgspec.Struct, array_like=True, frozen=True):
+    """Rank `rank` of `world` ranks, which are not as many as saved; `differing` are the paths whose values were not the
+    same on all of those (the global generators apart)."""
+
+    rank: int
+    world: int
+    differing: list[str]
 
 
 def share_objects(objects: Sequence[Mapping[str, bytes]]) -> tuple[dict[str, bytes], dict[tuple[str, int], bytes]]:
@@ -151,11 +169,32 @@ def objects_for(
     """Path -> value of every object as `rank` of `world` ranks (None: as many as were saved) sees it; without `rng`
     the global generators are left out, and not read."""
     values = dict(shared)
-    same_world = world is None or world == saved_world(catalog)
-    for path, owner, key in _own_objects(catalog):
-        if owner == rank and (rng if path.startswith(RNG_PREFIX) else same_world):
+    owned = list(_own_objects(catalog))
+    saved = saved_world(catalog)
+    same_world = world is None or world == saved
+    seen: set[tuple[str, bytes]] = set()
+    for path, owner, key in owned:
+        if path.startswith(RNG_PREFIX):
+            if rng and owner == (rank if same_world else 0):
+                values[path] = read_bytes(catalog, key, read)
+            continue
+        if owner == rank and same_world:
             values[path] = read_bytes(catalog, key, read)
+        if path.endswith(BY_NAME):
+            content = path, catalog.crc[list(catalog.rows(key))].tobytes()
+            if content not in seen:
+                values[f"{path}@{owner}"] = read_bytes(catalog, key, read)
+            seen.add(content)
+    if not same_world and saved:
+        differing = sorted({path for path, _, _ in owned if not path.startswith(RNG_PREFIX)})
+        values[ANOTHER_WORLD] = msgspec.msgpack.encode(Newcomer(rank, world or 0, differing))
     return values
+
+
+def without_rank(path: str) -> str:
+    """The path of an object of which `objects_for` gives other ranks' values too."""
+    plain, _, rank = path.rpartition("@")
+    return plain if rank.isdigit() and plain.endswith(BY_NAME) else path
 
 
 def saved_world(catalog: Catalog) -> int:

@@ -1,5 +1,9 @@
 """Random number generators as objects: exact, compact, and set back to the same bit.
 
+As many ranks as saved get back what each had. In another world there is nothing to get back: rank r of w gets
+generators seeded from SHA-256 of (what rank 0 had, r, w, name of the generator), so that the same load gives the same
+streams, no two ranks have one, and none goes on where a stream of the saved run stopped.
+
 Owns the global generators of Python, NumPy (the legacy one), torch and each CUDA device, and the encodings of
 generators that users put into the mapping. Reading a generator never advances it. Includes what the generators keep
 beside their words: the second number of Python's and NumPy's Gaussian pairs.
@@ -7,14 +11,17 @@ beside their words: the second number of Python's and NumPy's Gaussian pairs.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from ckptd.core.errors import ConfigError, MismatchError
+from ckptd.plan.share import ANOTHER_WORLD, Newcomer
 from ckptd.trainer.state_values import decode, encode
 
 PREFIX = "rng"
@@ -37,6 +44,10 @@ def objects() -> dict[str, bytes]:
 
 def restore(objects: Mapping[str, bytes]) -> None:
     """Sets back every global generator that `objects` has a state of; those of devices not here are passed over."""
+    newcomer = another_world(objects)
+    if newcomer is not None:
+        _seed_all(newcomer, objects)
+        return
     states = {
         path.removeprefix(f"{PREFIX}/"): decode(data) for path, data in objects.items() if path.startswith(f"{PREFIX}/")
     }
@@ -50,6 +61,55 @@ def restore(objects: Mapping[str, bytes]) -> None:
     for device in range(devices):
         if f"cuda/{device}" in states:
             torch.cuda.set_rng_state(_to_torch(states[f"cuda/{device}"]), device)
+
+
+def another_world(objects: Mapping[str, bytes]) -> Newcomer | None:
+    """Who this rank is, if `objects` are of a checkpoint that another number of ranks saved."""
+    data = objects.get(ANOTHER_WORLD)
+    return None if data is None else msgspec.msgpack.decode(data, type=Newcomer)
+
+
+def seed_from(newcomer: Newcomer, name: str, *saved: bytes) -> bytes:
+    """32 bytes of seed for the generator `name` of a rank of another world, from what was saved."""
+    digest = hashlib.sha256(f"ckptd {newcomer.rank} {newcomer.world} {name}".encode())
+    for data in saved:
+        digest.update(hashlib.sha256(data).digest())
+    return digest.digest()
+
+
+def _seed_all(newcomer: Newcomer, objects: Mapping[str, bytes]) -> None:
+    """Seeds every global generator anew, devices included, from all of rank 0's states."""
+    own = sorted(path for path in objects if path.startswith(f"{PREFIX}/") and path != ANOTHER_WORLD)
+    if not own:
+        return
+    saved = [objects[path] for path in own]
+    random.seed(int.from_bytes(seed_from(newcomer, "python", *saved), "little"))
+    np.random.seed(_words(seed_from(newcomer, "numpy", *saved)))
+    torch.set_rng_state(torch.Generator().manual_seed(_integer(seed_from(newcomer, "torch", *saved))).get_state())
+    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(_integer(seed_from(newcomer, f"cuda/{device}", *saved)))
+
+
+def seed(generator: Any, data: bytes) -> None:
+    """Seeds a generator of the mapping from 32 bytes."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(_integer(data))
+    elif isinstance(generator, random.Random):
+        generator.seed(int.from_bytes(data, "little"))
+    elif isinstance(generator, np.random.RandomState):
+        generator.seed(_words(data))
+    else:
+        kind: Any = type(generator.bit_generator)
+        generator.bit_generator.state = kind(int.from_bytes(data, "little")).state
+
+
+def _words(data: bytes) -> Any:
+    return np.frombuffer(data, "<u4").astype(np.uint32)
+
+
+def _integer(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little") >> 1
 
 
 def state_of(generator: Any) -> dict[str, Any]:

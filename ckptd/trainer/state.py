@@ -1,7 +1,8 @@
 """The application state: a mapping of modules, optimizers and the rest <-> sources of tensors, and objects.
 
 Owns the keys: `<name>/<fqn>` for parameters and persistent buffers, `<name>/state/<fqn>/<name>` below optimizers, the
-path inside the value for everything else; objects stand at the path of their value. Reading changes nothing: no
+path inside the value for everything else; objects stand at the path of their value. Keys are those of the logical
+tensors, whatever layout holds them. Reading changes nothing: no
 optimizer steps, no random numbers, no collectives. What it reads belongs to one moment, so at a boundary call
 `unchanged` (or `sources`), then `objects`, before training goes on.
 
@@ -12,7 +13,8 @@ A restore has two halves: `targets` says what to fill and changes nothing but th
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, MutableMapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ from torch.optim import Optimizer
 from ckptd.core.catalog import TensorInfo
 from ckptd.core.errors import CkptdError, ConfigError
 from ckptd.core.types import join_key
+from ckptd.plan.share import without_rank
 from ckptd.trainer import rng as generators
+from ckptd.trainer.state_flat import Flat, FlatRange, flat_sources
 from ckptd.trainer.state_loaders import is_loader, is_unstarted_loader, load_loader, unstarted_state
 from ckptd.trainer.state_modules import Modules, ModulesWatch
 from ckptd.trainer.state_optimizers import OptimizerState, Watch, check_named, parameters, understood
@@ -30,6 +34,8 @@ from ckptd.trainer.state_tree import Kind, Node, grow
 from ckptd.trainer.state_values import Packed, decode, encode, maker, needs_current, pack, settle, unpack
 
 __all__ = ["AppState", "Share", "Source"]
+
+log = logging.getLogger("ckptd.state")
 
 
 class AppState:
@@ -64,8 +70,22 @@ class AppState:
         return self._boundary is not None
 
     def aliases(self) -> dict[str, str]:
-        """Second and further keys of tied tensors -> the canonical key, which is the first in order of the mapping."""
-        return dict((self._walk or _Walk(self._state)).modules.aliases)
+        """Second and further keys of tied tensors -> the canonical key, which is the first in order of the mapping.
+
+        Those of their optimizer state are among them, once `sources` has read it: under pipeline parallelism another
+        stage may know the tensor by that name.
+        """
+        walk = self._walk or _Walk(self._state)
+        found = {**walk.modules.aliases, **walk.flat_aliases()}
+        for optimizer in walk.optimizers.values() if walk.tied else ():
+            found |= optimizer.aliases(walk.tied, [source.key for source in walk.sources])
+        return found
+
+    def frozen(self) -> frozenset[str]:
+        """Keys of parameters of modules that need no gradient. Who takes them for constant must watch them: an average
+        of weights needs none either."""
+        entries = (self._walk or _Walk(self._state)).modules.entries
+        return frozenset(entry.key for entry in entries if entry.parameter and not entry.tensor.requires_grad)
 
     def objects(self) -> dict[str, bytes]:
         """Path -> encoded value of all that is not a tensor, the global generators included (`rng/...`).
@@ -103,6 +123,8 @@ class AppState:
         for leaf in walk.leaves:
             if leaf.path in walk.optimizers:
                 keys.add(f"{leaf.path}/param_groups")
+            elif leaf.kind is Kind.FLAT:
+                keys |= {key for key, _, held in _flat_parts(leaf) if held.start < held.stop}
             elif leaf.kind is not Kind.MODULE:
                 keys.add(leaf.path)
         return frozenset(keys)
@@ -147,20 +169,41 @@ class _Walk:
     def __init__(self, state: Mapping[str, Any]) -> None:
         self.tree: Node = grow(state)
         self.leaves = list(self.tree.leaves())
-        self.modules = Modules([(leaf.path, leaf.value) for leaf in self.leaves if leaf.kind is Kind.MODULE])
+        declared = self._declared()
+        modules = [(leaf.path, leaf.value) for leaf in self.leaves if leaf.kind is Kind.MODULE]
+        self.modules = Modules(modules, declared.keys())
         names = {**self._names_of_tensors(), **self.modules.names()}
+        flats = {**self.modules.flats(), **declared}
+        self.tied = self.modules.tied_names()
+        for leaf in self.leaves:
+            if leaf.kind is Kind.FLAT:
+                self.tied |= leaf.value.tied
         self.optimizers: dict[str, OptimizerState] = {}
         for leaf in self.leaves:
             if leaf.kind is Kind.OPTIMIZER:
-                check_named(leaf.path, leaf.value, names)
+                check_named(leaf.path, leaf.value, {*names, *flats})
                 if understood(leaf.value):
-                    self.optimizers[leaf.path] = OptimizerState(leaf.path, leaf.value, names)
+                    self.optimizers[leaf.path] = OptimizerState(leaf.path, leaf.value, names, flats, self.tied)
         self.sources: list[Source] = []
         self._owners: list[torch.Tensor] = []
         self._pointers: list[int] = []
         self._locals: list[tuple[Any, torch.Tensor]] = []
         self._watches: list[ModulesWatch | Watch] = []
         self._renewed: list[Source] = []
+
+    def _declared(self) -> dict[int, Flat]:
+        """Flat tensors that the mapping declares, by identity; they may be parameters of optimizers and modules."""
+        shards = [shard for leaf in self.leaves if leaf.kind is Kind.FLAT for shard in leaf.value.shards]
+        return {id(flat): Flat(flat, ranges) for flat, ranges in shards}
+
+    def flat_aliases(self) -> dict[str, str]:
+        """Second keys of tied tensors in declared flat ones -> their keys."""
+        leaves = [leaf for leaf in self.leaves if leaf.kind is Kind.FLAT and leaf.value.values]
+        return {
+            f"{leaf.path}/{join_key(second)}": f"{leaf.path}/{join_key(first)}"
+            for leaf in leaves
+            for second, first in leaf.value.tied.items()
+        }
 
     def _names_of_tensors(self) -> dict[int, str]:
         """Tensors given directly may be parameters too."""
@@ -182,12 +225,17 @@ class _Walk:
         stepped = {id(parameter) for optimizer in self.all_optimizers() for parameter in parameters(optimizer)}
         made = self.modules.sources(stepped)
         self._watches = [self.modules.watch()]
-        tensors = [entry.tensor for entry in self.modules.entries]
+        tensors = [entry.tensor if entry.flat is None else entry.local for entry in self.modules.entries]
         for leaf in self.leaves:
             if leaf.kind is Kind.TENSOR:
                 windowed = id(leaf.value) in stepped and leaf.value.requires_grad
                 made += sources_of(leaf.path, leaf.value, Share.REPLICATED, windowed=windowed)
                 tensors.append(leaf.value)
+            elif leaf.kind is Kind.FLAT:
+                for key, flat, held in _flat_parts(leaf):
+                    windowed = id(flat) in stepped and flat.requires_grad
+                    made += flat_sources(key, flat, held, Share.SHARDED, windowed=windowed)
+                    tensors.append(flat)
             elif leaf.path in self.optimizers:
                 sources, watch = self.optimizers[leaf.path].sources()
                 made += sources
@@ -251,7 +299,9 @@ class _Walk:
     def unexpected(self, keys: Iterable[str]) -> list[str]:
         names = {join_key(name) for name in self.tree.value}
         known = {entry.key for entry in self.modules.entries} | self.modules.aliases.keys()
-        known |= {leaf.path for leaf in self.leaves if leaf.kind is not Kind.MODULE}
+        known |= {leaf.path for leaf in self.leaves if leaf.kind not in (Kind.MODULE, Kind.FLAT)}
+        known |= {key for leaf in self.leaves if leaf.kind is Kind.FLAT for key, _, _ in _flat_parts(leaf)}
+        known |= self.flat_aliases().keys()
         values = [place for _, place in self.modules.extras()]
         values += [leaf.path for leaf in self.leaves if leaf.kind in (Kind.STATEFUL, Kind.OPTIMIZER, Kind.DATA)]
         below = tuple(f"{path}/" for path in values if path not in self.optimizers)
@@ -259,12 +309,19 @@ class _Walk:
         known |= set(values)
         return sorted(
             key
-            for key in keys
+            for key in set(map(without_rank, keys))
             if _first(key) in names
             and key not in known
             and not key.startswith(below)
             and not any(key.startswith(prefix) and optimizer.owns(key) for prefix, optimizer in optimizers)
         )
+
+
+def _flat_parts(leaf: Node) -> Iterator[tuple[str, torch.Tensor, FlatRange]]:
+    """(key, flat tensor, range) of all whose elements a FlatShards stores."""
+    for flat, ranges in leaf.value.shards if leaf.value.values else ():
+        for held in ranges:
+            yield f"{leaf.path}/{join_key(held.name)}", flat, held
 
 
 def _first(key: str) -> str:
@@ -289,6 +346,9 @@ class _Restore:
         for leaf in walk.leaves:
             if leaf.kind is Kind.TENSOR:
                 self.sources += sources_of(leaf.path, leaf.value, Share.REPLICATED)
+            elif leaf.kind is Kind.FLAT:
+                for key, flat, held in _flat_parts(leaf):
+                    self.sources += flat_sources(key, flat, held, Share.SHARDED)
             elif leaf.path in walk.optimizers:
                 self.sources += walk.optimizers[leaf.path].targets(tensors, objects)
             elif leaf.kind in (Kind.STATEFUL, Kind.OPTIMIZER):
@@ -300,6 +360,8 @@ class _Restore:
                 self._add_value(leaf.path, now, Share.REPLICATED, reuse=True)
             elif leaf.kind is Kind.GENERATOR and leaf.path in objects:
                 self._values[leaf.path] = decode(objects[leaf.path])
+        self._newcomer = generators.another_world(objects)
+        self._differing = frozenset(self._newcomer.differing if self._newcomer is not None else ())
 
     def _add_modules(self) -> None:
         modules = self._walk.modules
@@ -329,6 +391,24 @@ class _Restore:
         for leaf in self._walk.leaves:
             if leaf.kind is Kind.GENERATOR and leaf.path in self._values:
                 generators.set_state(leaf.value, self._values[leaf.path], leaf.path)
+                if self._newcomer is not None and leaf.path in self._differing:
+                    saved = self._objects[leaf.path]
+                    generators.seed(leaf.value, generators.seed_from(self._newcomer, leaf.path, saved))
+        self._tell()
+
+    def _tell(self) -> None:
+        """Says what each rank had of its own and cannot have again, once in the job."""
+        if self._newcomer is None or self._newcomer.rank != 0:
+            return
+        kinds = (Kind.STATEFUL, Kind.DATA)
+        shared = [leaf.path for leaf in self._walk.leaves if leaf.kind in kinds and leaf.path in self._differing]
+        if shared:
+            log.warning(
+                "%s: differed between the ranks that saved, which were not %d as here; every rank has taken the value "
+                "of rank 0 (docs/guides/layouts.md)",
+                ", ".join(shared),
+                self._newcomer.world,
+            )
 
     def _settled(self, leaf: Node) -> Any:
         try:

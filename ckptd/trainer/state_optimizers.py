@@ -6,6 +6,8 @@ Owns the keys below an optimizer's path:
     param_groups              object: the groups, `params` as names; tensor hyperparameters are param_groups/<i>/<name>
     other                     object: entries of the state that belong to no parameter, if any
     placement                 object: names of state tensors that are not where a restore would put them by default
+The state of a flat parameter (state_flat.py) is stored under the names of the logical tensors in it, as if each had
+been a parameter; what is one number for all of them (`step`) under each name.
 Reading takes no step and creates no state. A restore prepares whole new entries and swaps them in at the end, so that
 a failed one leaves the state as it was; dtypes are the checkpoint's (`load_state_dict` would cast to the parameter's).
 """
@@ -13,7 +15,7 @@ a failed one leaves the state as it was; dtypes are the checkpoint's (`load_stat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.optim import Optimizer
 from ckptd.core.catalog import TensorInfo
 from ckptd.core.errors import ConfigError, MismatchError
 from ckptd.core.types import join_key, split_key
+from ckptd.trainer.state_flat import Flat, flat_sources
 from ckptd.trainer.state_modules import same
 from ckptd.trainer.state_tensors import Share, Source, is_dtensor, local_of, shard_sources, sources_of, torch_dtype
 from ckptd.trainer.state_values import Packed, decode, maker, pack, unpack
@@ -52,13 +55,22 @@ def _partitioned(optimizer: Optimizer) -> bool:
 class OptimizerState:
     """One optimizer of the mapping, as it is at construction of this object.
 
-    `names` gives the name of each parameter by identity; a parameter without one is a ConfigError.
+    `names` gives the name of each parameter by identity, `flats` what flat ones stand for; a parameter in neither is a
+    ConfigError. `tied`: second names of parameters -> their names.
     """
 
-    def __init__(self, path: str, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        path: str,
+        optimizer: Optimizer,
+        names: Mapping[int, str],
+        flats: Mapping[int, Flat],
+        tied: Mapping[str, str],
+    ) -> None:
         self.path = path
         self._optimizer = optimizer
         self._names = names
+        self._flats = flats
         self._holder: Optimizer = optimizer.optim if _partitioned(optimizer) else optimizer  # type: ignore[attr-defined]
         self._share = Share.REPLICATED if self._holder is optimizer else Share.SHARDED
         self._placement: dict[str, str] = {}
@@ -66,8 +78,11 @@ class OptimizerState:
         self._pending: dict[torch.Tensor, Any] = {}
         self._other: Any = {}
         self._groups: list[dict[str, Any]] = []
-        check_named(path, optimizer, names)
-        self._own_names = {names[id(parameter)] for parameter in parameters(optimizer)}
+        self._equal: dict[str, list[torch.Tensor]] = {}
+        check_named(path, optimizer, {*names, *flats})
+        own = {name for parameter in parameters(optimizer) for name in self._names_of(parameter)}
+        self._tied = {second: first for second, first in tied.items() if first in own and second not in own}
+        self._own_names = own | self._tied.keys()
 
     def sources(self) -> tuple[list[Source], Watch]:
         """Sources of plain state tensors, and what to compare later."""
@@ -79,15 +94,25 @@ class OptimizerState:
             if not isinstance(parameter, torch.Tensor):
                 watch.add_rest(entry)
                 continue
-            prefix = f"{self.path}/state/{join_key(self._name(parameter))}"
             rest = entry
             if isinstance(entry, dict):
-                rest = self._read(prefix, parameter, entry, made)
+                flat = self._flats.get(id(parameter))
+                rest = self._read(parameter, entry, made) if flat is None else self._read_flat(flat, entry, made)
                 watch.add_entry(entry, rest)
             if rest or not isinstance(rest, dict):
-                self._rests.append((prefix, entry, list(rest) if isinstance(rest, dict) else None))
+                names = list(rest) if isinstance(rest, dict) else None
+                self._rests += [(self._prefix(name), entry, names) for name in self._names_of(parameter)]
                 watch.add_rest(rest)
         return made, watch
+
+    def aliases(self, tied: Mapping[str, str], keys: Iterable[str]) -> dict[str, str]:
+        """Keys of this optimizer's state under second names of tied parameters -> those of `keys` they stand for."""
+        known = self._state_keys(keys)
+        return {
+            f"{self._prefix(second)}/{join_key(name)}": key
+            for second, first in tied.items()
+            for name, key in known.get(first, ())
+        }
 
     def packed(self) -> list[Packed]:
         """The values beside the tensors of the last `sources`, read afresh."""
@@ -102,17 +127,25 @@ class OptimizerState:
             made.append(Packed(f"{self.path}/placement", self._placement, {}, []))
         return made
 
-    def _name(self, parameter: torch.Tensor) -> str:
+    def _names_of(self, parameter: torch.Tensor) -> list[str]:
+        """The names of what a parameter stands for: one, unless it is flat."""
+        flat = self._flats.get(id(parameter))
+        if flat is not None:
+            return flat.names
         name = self._names.get(id(parameter))
         if name is None:
             raise ConfigError(
                 f"{self.path}: has state of a parameter of shape {tuple(parameter.shape)} that is in no module of "
                 "the mapping; add its module"
             )
-        return name
+        return [name]
 
-    def _read(self, prefix: str, parameter: Any, entry: dict[Any, Any], made: list[Source]) -> dict[Any, Any]:
+    def _prefix(self, name: str) -> str:
+        return f"{self.path}/state/{join_key(name)}"
+
+    def _read(self, parameter: Any, entry: dict[Any, Any], made: list[Source]) -> dict[Any, Any]:
         """Adds the sources of one parameter's state; returns what of it is not a tensor by a text name."""
+        prefix = self._prefix(*self._names_of(parameter))
         rest = {}
         for name, value in entry.items():
             if type(name) is not str or not isinstance(value, torch.Tensor):
@@ -128,11 +161,41 @@ class OptimizerState:
                 made += sources_of(key, value, self._share, windowed=True)
         return rest
 
+    def _read_flat(self, flat: Flat, entry: dict[Any, Any], made: list[Source]) -> dict[Any, Any]:
+        """As `_read`, for a flat parameter: its numbers under each name, its flat tensors range by range."""
+        rest = {}
+        for name, value in entry.items():
+            if type(name) is not str or not isinstance(value, torch.Tensor):
+                rest[name] = value
+                continue
+            if value.ndim and not flat.holds(value):
+                raise ConfigError(
+                    f"{self.path}: {name!r} of the flat parameter of {', '.join(flat.names[:3])} has shape "
+                    f"{tuple(value.shape)}, which is neither the parameter's nor a single number; such state means "
+                    "something to one layout only, use an optimizer that works element by element"
+                )
+            if not value.ndim:
+                if _placement(flat.parameter, value) is not None:
+                    self._placement[name] = DEVICE
+                for owner in flat.names:
+                    made += sources_of(f"{self._prefix(owner)}/{join_key(name)}", value, self._share, windowed=True)
+                continue
+            for held in flat.ranges:
+                key = f"{self._prefix(held.name)}/{join_key(name)}"
+                made += flat_sources(key, value, held, Share.SHARDED, windowed=True)
+        if pack(rest, self.path, self._share).tensors:
+            raise ConfigError(
+                f"{self.path}: state of the flat parameter of {', '.join(flat.names[:3])} has tensors inside other "
+                "values; use an optimizer that works element by element"
+            )
+        return rest
+
     def _pack_groups(self) -> Packed:
         groups = []
         for group in self._optimizer.param_groups:
             values = {name: value for name, value in group.items() if name not in ("params", "param_names")}
-            groups.append({"params": [self._names[id(p)] for p in group["params"]], **values})
+            names = [name for parameter in group["params"] for name in self._names_of(parameter)]
+            groups.append({"params": names, **values})
         return pack(groups, f"{self.path}/param_groups", Share.REPLICATED)
 
     def targets(self, tensors: Mapping[str, TensorInfo], objects: Mapping[str, bytes]) -> list[Source]:
@@ -140,16 +203,18 @@ class OptimizerState:
         made = self._prepare_groups(tensors, objects)
         path = f"{self.path}/placement"
         placement = decode(objects[path]) if path in objects else {}
-        by_name = self._state_keys(tensors)
-        self._pending = {}
+        by_name = {
+            name: [(state, tensors[key]) for state, key in states] for name, states in self._state_keys(tensors).items()
+        }
+        for second, first in self._tied.items():
+            if first not in by_name and second in by_name:
+                by_name[first] = by_name[second]
+        self._pending, self._equal = {}, {}
         for group in self._holder.param_groups:
             for parameter in group["params"]:
-                name = self._names[id(parameter)]
-                prefix = f"{self.path}/state/{join_key(name)}"
-                entry = self._prepare(parameter, group, prefix, by_name.get(name, ()), placement, made)
-                if prefix in objects:
-                    rest = self._unpack(prefix, parameter, tensors, objects, made)
-                    entry = {**entry, **rest} if isinstance(rest, dict) else rest
+                entry = self._prepare(parameter, group, by_name, placement, made)
+                if self._stateful(parameter):
+                    entry = self._add_rests(entry, parameter, tensors, objects, made)
                 self._pending[parameter] = entry
         self._other = {}
         if f"{self.path}/other" in objects:
@@ -157,44 +222,114 @@ class OptimizerState:
             self._other = self._unpack(f"{self.path}/other", parameter, tensors, objects, made)
         return made
 
-    def _state_keys(self, tensors: Mapping[str, TensorInfo]) -> dict[str, list[tuple[str, TensorInfo]]]:
-        """Name of a parameter -> names and tensors of its state in the checkpoint, those inside objects left out."""
+    def _state_keys(self, keys: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+        """Name of a parameter -> (name, key) of its state among `keys`, what is inside objects left out."""
         prefix = f"{self.path}/state/"
-        found: dict[str, list[tuple[str, TensorInfo]]] = {}
-        for key, info in tensors.items():
+        found: dict[str, dict[str, str]] = {}
+        for key in keys:
             if key.startswith(prefix):
                 elements = split_key(key[len(prefix) :]) if "\\" in key else key[len(prefix) :].split("/")
                 if len(elements) == 2:
-                    found.setdefault(elements[0], []).append((elements[1], info))
-        return found
+                    found.setdefault(elements[0], {})[elements[1]] = key
+        return {name: list(states.items()) for name, states in found.items()}
 
     def _prepare(
         self,
         parameter: Any,
         group: Mapping[str, Any],
-        prefix: str,
-        state: Iterable[tuple[str, TensorInfo]],
+        by_name: Mapping[str, list[tuple[str, TensorInfo]]],
         placement: Mapping[str, str],
         made: list[Source],
     ) -> Any:
+        """The state of one parameter, its tensors to be filled through what is added to `made`."""
         current = self._holder.state.get(parameter)
         now = current if isinstance(current, dict) else {}
+        flat = self._flats.get(id(parameter))
+        if flat is not None:
+            return self._prepare_flat(flat, now, group, by_name, placement, made) if self._stateful(parameter) else {}
         entry: dict[Any, Any] = {}
-        for name, info in state:
+        (owner,) = self._names_of(parameter)
+        for name, info in by_name.get(owner, ()):
             local = placement.get(name) == LOCAL and is_dtensor(parameter) and info.shape == tuple(parameter.shape)
-            found = now.get(name)
             expected = tuple(local_of(parameter).shape) if local else info.shape
-            dtype = torch_dtype(info.dtype)
-            if not isinstance(found, torch.Tensor) or found.dtype != dtype or tuple(found.shape) != expected:
-                if local:
-                    found = torch.empty_like(local_of(parameter).detach(), dtype=dtype)
-                else:
-                    found = _new(parameter, name, info, group, placement.get(name))
+            found = _reused(now.get(name), info, expected)
+            if found is None and local:
+                found = torch.empty_like(local_of(parameter).detach(), dtype=torch_dtype(info.dtype))
+            elif found is None:
+                found = _new(parameter, name, info, group, placement.get(name))
             entry[name] = found
             if local:
                 made += shard_sources(info.key, found, parameter, windowed=True)
             else:
                 made += sources_of(info.key, found, self._share, windowed=True)
+        return entry
+
+    def _stateful(self, parameter: torch.Tensor) -> bool:
+        """Whether this rank has state of it: not of a flat parameter whose elements are all on other ranks."""
+        return id(parameter) not in self._flats or parameter.numel() > 0
+
+    def _add_rests(
+        self,
+        entry: dict[Any, Any],
+        parameter: torch.Tensor,
+        tensors: Mapping[str, TensorInfo],
+        objects: Mapping[str, bytes],
+        made: list[Source],
+    ) -> Any:
+        """`entry` with what of the state is stored as objects, which flat parameters have under several names."""
+        names = self._names_of(parameter)
+        names += [
+            second for second, first in self._tied.items() if first in names and self._prefix(first) not in objects
+        ]
+        prefixes = [prefix for prefix in map(self._prefix, names) if prefix in objects]
+        if any(objects[prefix] != objects[prefixes[0]] for prefix in prefixes):
+            raise MismatchError(
+                f"{prefixes[0]}: one flat parameter holds tensors whose values here differ in the checkpoint: "
+                f"{', '.join(prefixes[:3])}"
+            )
+        for prefix in prefixes[:1]:
+            rest = self._unpack(prefix, parameter, tensors, objects, made)
+            if not isinstance(rest, dict):
+                return rest
+            entry = {**entry, **rest}
+        return entry
+
+    def _prepare_flat(
+        self,
+        flat: Flat,
+        now: Mapping[Any, Any],
+        group: Mapping[str, Any],
+        by_name: Mapping[str, list[tuple[str, TensorInfo]]],
+        placement: Mapping[str, str],
+        made: list[Source],
+    ) -> dict[Any, Any]:
+        """As `_prepare`, for a flat parameter: what its tensors have as one number is one number here too."""
+        states = {owner: dict(by_name.get(owner, ())) for owner in flat.names}
+        entry: dict[Any, Any] = {}
+        for name in dict.fromkeys(name for state in states.values() for name in state):
+            infos = {owner: state[name] for owner, state in states.items() if name in state}
+            first = next(iter(infos.values()))
+            if all(info.shape == () for info in infos.values()):
+                numbers = [_new(flat.parameter, name, info, group, placement.get(name)) for info in infos.values()]
+                for info, number in zip(infos.values(), numbers, strict=True):
+                    made += sources_of(info.key, number, self._share, windowed=True)
+                self._equal[first.key] = numbers
+                entry[name] = numbers[0]
+                continue
+            found = _reused(now.get(name), first, tuple(flat.parameter.shape))
+            if found is None:
+                found = torch.zeros_like(flat.parameter.detach(), dtype=torch_dtype(first.dtype))
+            for held in flat.ranges:
+                if held.start < held.stop and (held.name not in infos or infos[held.name].shape != held.shape):
+                    shape = list(infos[held.name].shape) if held.name in infos else "nothing"
+                    raise MismatchError(
+                        f"{self._prefix(held.name)}/{join_key(name)}: {shape} in the checkpoint, "
+                        f"{list(held.shape)} here, where one flat parameter holds it with {', '.join(infos)}; "
+                        "FullyShardedDataParallel with use_orig_params=True has state of each parameter apart"
+                    )
+                if held.name in infos:
+                    made += flat_sources(infos[held.name].key, found, held, Share.SHARDED, windowed=True)
+            entry[name] = found
         return entry
 
     def _unpack(
@@ -226,28 +361,55 @@ class OptimizerState:
             return found if found is not None and fits else place(info)
 
         found = unpack(path, objects, tensors, make, Share.REPLICATED)
-        self._groups = self._match(found.value)
+        others = [
+            unpack(other, objects, tensors, lambda info: torch.empty(0), Share.REPLICATED).value
+            for other in sorted(objects)
+            if other.startswith(f"{path}@")
+        ]
+        self._groups = self._match(found.value, others)
         return found.sources
 
-    def _match(self, saved: Any) -> list[dict[str, Any]]:
-        """The stored group for each group: the one that names any of its parameters (ranks may hold fewer)."""
+    def _match(self, saved: Any, others: Sequence[Any]) -> list[dict[str, Any]]:
+        """The stored hyperparameters for each group: those of the group that names its parameters.
+
+        `saved` are this rank's groups, `others` those of other ranks, which under pipeline or expert parallelism had
+        other parameters; groups that were apart there and are one here must have the same hyperparameters.
+        """
         matched = []
-        groups = self._optimizer.param_groups
-        for index, group in enumerate(groups):
-            names = {self._names[id(p)] for p in group["params"]}
-            found = [other for other in saved if not names.isdisjoint(other["params"])]
-            if not found and len(saved) == len(groups):
+        for index, group in enumerate(self._optimizer.param_groups):
+            names = {name for parameter in group["params"] for name in self._names_of(parameter)}
+            found = [other for other in saved if not names.isdisjoint(self._first_names(other))]
+            if not names.issubset(name for other in found for name in self._first_names(other)):
+                found += [
+                    other for ranks in others for other in ranks if not names.isdisjoint(self._first_names(other))
+                ]
+            if not found and len(saved) == len(self._optimizer.param_groups):
                 found = [saved[index]]
-            if len(found) != 1:
+            distinct = _distinct(found)
+            if len(distinct) != 1:
                 raise MismatchError(
-                    f"{self.path}/param_groups/{index}: its parameters are in {len(found)} groups of the checkpoint, "
-                    f"which has {len(saved)} groups (here: {len(groups)}); build the optimizer with the same groups"
+                    f"{self.path}/param_groups/{index}: its parameters are in {len(distinct)} groups of the checkpoint "
+                    f"with different hyperparameters, which has {len(saved)} groups (here: "
+                    f"{len(self._optimizer.param_groups)}); build the optimizer with the same groups"
                 )
-            matched.append(found[0])
+            matched.append(distinct[0])
         return matched
 
+    def _first_names(self, group: Mapping[str, Any]) -> list[str]:
+        return [self._tied.get(name, name) for name in group["params"]]
+
     def finish(self) -> None:
-        """Swaps the prepared state in; state that the checkpoint does not have is dropped."""
+        """Swaps the prepared state in; state that the checkpoint does not have is dropped.
+
+        Raises MismatchError where tensors of one flat parameter differ in what it can have only once.
+        """
+        for path, numbers in self._equal.items():
+            if any(not torch.equal(number, numbers[0]) for number in numbers):
+                raise MismatchError(
+                    f"{path}: one flat parameter holds tensors for which the checkpoint has "
+                    f"{sorted({number.item() for number in numbers})}; FullyShardedDataParallel with "
+                    "use_orig_params=True has state of each parameter apart"
+                )
         state = self._holder.state
         for key in [key for key in state if not isinstance(key, torch.Tensor) or key not in self._pending]:
             del state[key]
@@ -265,7 +427,7 @@ class OptimizerState:
             for name, value in saved.items():
                 if name != "params" and name not in _HOW_NOT_WHAT:
                     _set_hyperparameter(group, name, value)
-        self._pending, self._other, self._groups = {}, {}, []
+        self._pending, self._other, self._groups, self._equal = {}, {}, [], {}
 
     def owns(self, key: str) -> bool:
         """Whether a key below this optimizer's path is one it knows."""
@@ -322,15 +484,34 @@ def parameters(optimizer: Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def check_named(path: str, optimizer: Optimizer, names: Mapping[int, str]) -> None:
-    """Raises ConfigError if the optimizer has a parameter without a name."""
+def check_named(path: str, optimizer: Optimizer, named: Collection[int]) -> None:
+    """Raises ConfigError if the optimizer has a parameter whose identity is not among `named`."""
     for index, group in enumerate(optimizer.param_groups):
         for position, parameter in enumerate(group["params"]):
-            if id(parameter) not in names:
+            if id(parameter) not in named:
                 raise ConfigError(
                     f"{path}: parameter {position} of group {index}, shape {tuple(parameter.shape)}, is in no module "
                     "of the state; add its module (and build the optimizer after fully_shard, to, or tying weights)"
                 )
+
+
+def _distinct(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups without those that differ from an earlier one in their parameters alone."""
+    kept: list[dict[str, Any]] = []
+    seen = []
+    for group in groups:
+        values = {name: value for name, value in group.items() if name != "params"}
+        plain = {name: None if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        if plain not in seen:
+            seen.append(plain)
+            kept.append(group)
+    return kept
+
+
+def _reused(found: Any, info: TensorInfo, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """The present state tensor, if it can hold what the checkpoint has."""
+    fits = isinstance(found, torch.Tensor) and found.dtype == torch_dtype(info.dtype) and tuple(found.shape) == shape
+    return found if fits else None
 
 
 def _placement(parameter: Any, value: torch.Tensor) -> str | None:

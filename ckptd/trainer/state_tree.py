@@ -17,6 +17,7 @@ import torch
 from ckptd.core.errors import ConfigError
 from ckptd.core.types import join_key
 from ckptd.trainer import rng
+from ckptd.trainer.state_flat import FlatShards
 from ckptd.trainer.state_values import MAX_DEPTH
 
 RESERVED = ("rng", "objects")
@@ -30,6 +31,7 @@ class Kind(enum.Enum):
     OPTIMIZER = enum.auto()
     STATEFUL = enum.auto()
     GENERATOR = enum.auto()
+    FLAT = enum.auto()
     TENSOR = enum.auto()
     DATA = enum.auto()
     BRANCH = enum.auto()
@@ -129,6 +131,8 @@ def _own_kind(value: Any) -> Kind | None:
         return Kind.OPTIMIZER
     if isinstance(value, rng.GENERATORS):
         return Kind.GENERATOR
+    if isinstance(value, FlatShards):
+        return Kind.FLAT
     stateful = callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
     return Kind.STATEFUL if stateful and not isinstance(value, type) else None
 

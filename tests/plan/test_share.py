@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,7 +15,9 @@ from ckptd.core.native import crc32c
 from ckptd.plan.load import Want, plan_load
 from ckptd.plan.save import Piece, plan_save
 from ckptd.plan.share import (
+    ANOTHER_WORLD,
     OBJECTS_FILE,
+    Newcomer,
     Read,
     object_rows,
     objects_for,
@@ -25,6 +28,7 @@ from ckptd.plan.share import (
     share_rows,
     tensor_infos,
     with_aliases,
+    without_rank,
 )
 
 
@@ -39,6 +43,7 @@ def reader(catalog: Catalog, content: bytes) -> Read:
 
 
 paths = st.sampled_from(["loader", "step", "rng/python", "rng/cuda/0", "odd@1/path"])
+newcomer = msgspec.msgpack.Decoder(Newcomer)
 
 
 @given(st.lists(st.dictionaries(paths, st.binary(max_size=3)), min_size=1, max_size=4))
@@ -53,8 +58,31 @@ def test_every_rank_gets_its_own_objects_back(objects: list[dict[str, bytes]]) -
         found = objects_for(rank, shared, catalog, reader(catalog, content))
         assert {path: found[path] for path in values} == values
         elsewhere = objects_for(rank, shared, catalog, reader(catalog, content), world=len(ranks) + 1)
-        assert objects_for(rank, shared, catalog, reader(catalog, content), world=9, rng=False) == shared
-        assert elsewhere == shared | {path: v for path, v in values.items() if path.startswith("rng/")}
+        differing = sorted({path for path, _ in own if not path.startswith("rng/")})
+        assert newcomer.decode(elsewhere.pop(ANOTHER_WORLD)) == Newcomer(rank, len(ranks) + 1, differing)
+        assert elsewhere == shared | {path: v for path, v in ranks[0].items() if path.startswith("rng/")}
+        without = objects_for(rank, shared, catalog, reader(catalog, content), world=9, rng=False)
+        assert without.keys() == {*shared, ANOTHER_WORLD}
+
+
+def test_groups_of_other_ranks_are_given_once() -> None:
+    """Stages of a pipeline have other parameters in their groups; whoever loads finds its own by name."""
+    groups = [b"first", b"second", b"second", b"first"]
+    shared, own = share_objects([{"rng/torch": b"", "optimizer/param_groups": value} for value in groups])
+    catalog, content = object_rows(own, writer=0)
+    read: list[int] = []
+
+    def counted(row: int, into: memoryview) -> None:
+        read.append(row)
+        reader(catalog, content)(row, into)
+
+    found = objects_for(5, shared, catalog, counted, world=6, rng=False)
+    assert found.pop(ANOTHER_WORLD)
+    assert found == {"optimizer/param_groups": b"first", "optimizer/param_groups@1": b"second"}
+    assert len(read) == 1
+    assert objects_for(2, shared, catalog, counted)["optimizer/param_groups"] == b"second"
+    assert {without_rank(path) for path in found} == {"optimizer/param_groups"}
+    assert without_rank("loader@1") == "loader@1"
 
 
 def test_equal_objects_are_stored_once_and_the_lowest_rank_speaks() -> None:

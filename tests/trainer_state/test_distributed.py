@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +20,7 @@ from ckptd.core.catalog import TensorInfo
 from ckptd.core.errors import ConfigError
 from ckptd.trainer.state import AppState, Share
 from tests.api.world import World, succeeded
-from tests.trainer_state.memory import Memory, resumes_exactly, same_bits
+from tests.trainer_state.memory import Memory, resumes_exactly, same_bits, same_tensors
 
 Adam = torch.optim.AdamW
 
@@ -249,10 +250,68 @@ def dtensors_in_state_dicts() -> None:
     assert fresh.value.to_local().shape == ((3, 2), (2, 2))[dist.get_rank()]
 
 
-def flat_sharding_is_refused() -> None:
-    model = FullyShardedDataParallel(Net(), use_orig_params=True, device_id=torch.device("cpu"))
-    with pytest.raises(ConfigError, match="FullyShardedDataParallel keeps flat parameters"):
-        AppState({"model": model})
+def flat_sharded(use_orig_params: bool, strategy: ShardingStrategy) -> None:
+    """FSDP1: the parts of a flat parameter are stored under the names of the unwrapped module, the optimizer's too."""
+
+    def build() -> dict[str, Any]:
+        net: Any = Net()
+        net.frozen.requires_grad_(True)
+        net.odd = torch.nn.Conv2d(8, 5, (3, 2)).to(memory_format=torch.channels_last)
+        net.forward = lambda data: net.one(net.odd(net.wide(data)[:, :, None, None].expand(-1, -1, 3, 2))[..., 0, 0])
+        options: Any = {"use_orig_params": use_orig_params, "sharding_strategy": strategy}
+        options["device_id"] = torch.device("cpu")
+        net.odd = FullyShardedDataParallel(net.odd, **options)
+        model = FullyShardedDataParallel(net, **options)
+        return {"model": model, "optimizer": Adam(model.parameters(), lr=1e-2)}
+
+    torch.manual_seed(1)
+    state, fresh = build(), build()
+    for _ in range(2):
+        step(state)
+    app, restored = AppState(state), AppState(fresh)
+    whole = gathered(Memory.of(app))
+    whole.objects = app.objects()
+    assert restored.missing(whole.infos, whole.objects) == []
+    assert restored.unexpected([*whole.infos, *whole.objects]) == []
+    for _ in range(2):
+        step(state)
+    whole.restore(restored)
+    for _ in range(2):
+        step(fresh)
+    same_tensors(app, restored)
+    model, whole = fresh["model"], gathered(Memory.of(restored))
+    names = {"wide.weight", "wide.bias", "odd.weight", "odd.bias", "one.weight", "frozen"}
+    assert {key for key in whole.infos if key.startswith("model/")} == {f"model/{name}" for name in names}
+    assert whole.infos["optimizer/state/odd.weight/exp_avg"].shape == (5, 8, 3, 2)
+    assert whole.infos["optimizer/state/odd.weight/step"].shape == ()
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        for name, parameter in model.named_parameters():
+            found = whole.full(f"model/{name.replace('_fsdp_wrapped_module.', '')}")
+            assert same_bits(found, parameter.detach()), name
+
+
+def flat_after_an_evaluation() -> None:
+    """A forward without backward leaves gathered parameters: neither are they stored, nor do they stay for the next
+    forward after a restore."""
+
+    def build() -> dict[str, Any]:
+        options: Any = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        options["sharding_strategy"] = ShardingStrategy.SHARD_GRAD_OP
+        model = FullyShardedDataParallel(nn.Linear(4, 5), **options)
+        return {"model": model, "optimizer": Adam(model.parameters(), lr=1e-2)}
+
+    state, data = build(), torch.ones(2, 4)
+    app = AppState(state)
+    step(state)
+    expected = Memory.of(app)
+    loss = state["model"](data)
+    found = Memory.of(AppState(state))
+    assert found.boxes.keys() == expected.boxes.keys()
+    assert all(same_bits(found.boxes[place], tensor) for place, tensor in expected.boxes.items())
+    other = build()
+    other["model"](data)
+    found.restore(AppState(other))
+    assert same_bits(other["model"](data).detach(), loss.detach())
 
 
 CASES: list[Callable[[], None]] = [
@@ -264,7 +323,10 @@ CASES: list[Callable[[], None]] = [
     optimizer_of_local_shards,
     given_dtensors,
     dtensors_in_state_dicts,
-    flat_sharding_is_refused,
+    functools.partial(flat_sharded, True, ShardingStrategy.FULL_SHARD),
+    functools.partial(flat_sharded, False, ShardingStrategy.FULL_SHARD),
+    functools.partial(flat_sharded, False, ShardingStrategy.NO_SHARD),
+    flat_after_an_evaluation,
 ]
 
 

@@ -52,7 +52,11 @@ def test_tied_frozen_and_buffers() -> None:
         "model/frozen.bias",
         "model/count",
     }
-    assert restored.aliases() == {"model/head.weight": "model/embedding.weight"}
+    states = ("step", "exp_avg", "exp_avg_sq")
+    assert restored.aliases() == {
+        "model/head.weight": "model/embedding.weight",
+        **{f"optimizer/state/head.weight/{name}": f"optimizer/state/embedding.weight/{name}" for name in states},
+    }
     assert sources["model/count"].share is Share.PER_RANK
     assert sources["model/frozen.weight"].share is Share.REPLICATED
     assert [key for key, s in sources.items() if s.windowed and key.startswith("model/")] == ["model/embedding.weight"]
