@@ -1,6 +1,7 @@
 """Boxes: rectangular parts of logical tensors, and the rule that cuts them into chunks.
 
-Pure functions on tuples of ints (elements, not bytes). The chunking rule is part of the format (docs/format.md).
+Pure functions on tuples of ints, or on columns of many boxes (elements, not bytes). The chunking rule is part of the
+format (docs/format.md).
 """
 
 from __future__ import annotations
@@ -9,6 +10,11 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
 
 CHUNK_BYTES = 16 * 1024 * 1024
 """A chunk holds at most this many raw bytes."""
@@ -107,3 +113,37 @@ def cut(box: Box, itemsize: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Box
         for start, run in zip(starts, runs, strict=False):
             local = (*outer, start) + (0,) * (len(sizes) - split - 1)
             yield Box(local, (1,) * split + (run, *sizes[split + 1 :])).shifted(box.offsets)
+
+
+def cut_boxes(offsets: Ints, sizes: Ints, itemsize: Ints, chunk_bytes: int = CHUNK_BYTES) -> tuple[Ints, Ints, Ints]:
+    """What `cut` makes of each box [n, D] of elements of `itemsize[i]` bytes: (index of the box, offsets, sizes) of
+    every chunk, those of one box after the other. Boxes of fewer dimensions are padded with sizes of 1."""
+    count, width = sizes.shape
+    inner = itemsize.copy()
+    split = np.full(count, width - 1)
+    # In floating point no product wraps around; where it matters it is small and exact.
+    whole = np.prod(sizes, axis=1, dtype=np.float64) * itemsize <= chunk_bytes
+    for dimension in range(width - 1, 0, -1):
+        fits = ~whole & (split == dimension) & (inner.astype(np.float64) * sizes[:, dimension] <= chunk_bytes)
+        inner[fits] *= sizes[fits, dimension]
+        split[fits] = dimension - 1
+    runs, outer = np.ones(count, np.int64), np.ones(count, np.int64)
+    large = np.flatnonzero(~whole)
+    runs[large] = -(-sizes[large, split[large]] // (chunk_bytes // inner[large]))
+    for dimension in range(width):
+        before = ~whole & (dimension < split)
+        outer[before] *= sizes[before, dimension]
+    source = np.repeat(np.arange(count), runs * outer)
+    number = np.arange(len(source)) - np.repeat(np.cumsum(runs * outer) - runs * outer, runs * outer)
+    chunk_offsets, chunk_sizes = offsets[source], sizes[source]
+    rest, run = np.divmod(number, runs[source])
+    for dimension in range(width - 1, -1, -1):
+        here = np.flatnonzero(~whole[source] & (split[source] == dimension))
+        base, longer = np.divmod(sizes[source[here], dimension], runs[source[here]])
+        chunk_offsets[here, dimension] += run[here] * base + np.minimum(run[here], longer)
+        chunk_sizes[here, dimension] = base + (run[here] < longer)
+        before = np.flatnonzero(~whole[source] & (dimension < split[source]))
+        rest[before], index = np.divmod(rest[before], sizes[source[before], dimension])
+        chunk_offsets[before, dimension] += index
+        chunk_sizes[before, dimension] = 1
+    return source, chunk_offsets, chunk_sizes

@@ -8,6 +8,8 @@ tensors are equal is decided after their checksums are known (plan/share.py).
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,8 +17,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ckptd.core.box import Box, cut
-from ckptd.core.catalog import ALL_RANKS, Catalog
+from ckptd.core.box import cut_boxes
+from ckptd.core.catalog import ALL_RANKS, Catalog, TensorInfo
 from ckptd.core.errors import ConfigError
 from ckptd.core.types import itemsize
 from ckptd.plan import cover
@@ -29,6 +31,9 @@ PAGE_ALIGNED_FROM_BYTES = 2**20
 """Chunks start at multiples of ALIGNMENT_BYTES, from this size on at multiples of PAGE_BYTES."""
 
 PER_RANK = "per_rank"
+
+_FEW_HOLDERS = 32
+"""Up to so many holders Python finds the least loaded one faster than NumPy."""
 
 
 class Piece(msgspec.Struct, array_like=True, frozen=True):
@@ -45,13 +50,13 @@ class Piece(msgspec.Struct, array_like=True, frozen=True):
     share: str
 
 
-class _Chunk(NamedTuple):
-    """One chunk to place: its tensor, its box, its bytes and the rank whose own value it is (or ALL_RANKS)."""
-
-    key: str
-    box: Box
-    raw: int
-    rank: int
+def plan_key(pieces: Sequence[Sequence[Piece]]) -> str:
+    """A digest of all that `plan_save` goes by: keys, dtypes, shapes, shares and boxes of each rank, and how many ranks
+    there are. Equal for equal questions only; so a plan may be kept under it."""
+    digest = hashlib.sha256(msgspec.msgpack.encode(len(pieces)))
+    for held in pieces:
+        digest.update(msgspec.msgpack.encode(held))
+    return digest.hexdigest()
 
 
 def plan_save(pieces: Sequence[Sequence[Piece]]) -> list[Catalog]:
@@ -61,16 +66,14 @@ def plan_save(pieces: Sequence[Sequence[Piece]]) -> list[Catalog]:
     rank for per-rank tensors and ALL_RANKS for the others; checksums are zero. Raises ConfigError that lists every
     tensor on which the ranks disagree or of which no rank holds some elements.
     """
-    infos = _agreed(pieces)
-    holders = _holders(pieces)
-    _check_coverage(infos, holders)
-    mine: list[list[_Chunk]] = [[] for _ in pieces]
-    for rank, held in enumerate(pieces):
-        for piece in held:
-            if piece.share == PER_RANK:
-                mine[rank] += _chunks(infos[piece.key], Box(piece.offsets, piece.sizes), rank)
-    _balance(infos, holders, mine)
-    return [_catalog(infos, chunks, rank) for rank, chunks in enumerate(mine)]
+    held = _Held.of(pieces)
+    _check_agreement(held, pieces)
+    shared = _shared_boxes(held)
+    _check_coverage(held, shared)
+    chunks = _own_chunks(held)
+    free = _shared_chunks(held, shared)
+    chunks = chunks.with_rank(free, _balanced(held, shared, free, chunks.loads(len(pieces))))
+    return _catalogs(held, chunks, len(pieces))
 
 
 def place(raw: npt.ArrayLike) -> tuple[Ints, int]:
@@ -93,26 +96,95 @@ def slot_bytes(catalog: Catalog) -> int:
     return int((catalog.file_offset + catalog.raw).max()) if len(catalog) else 0
 
 
-def _agreed(pieces: Sequence[Sequence[Piece]]) -> dict[str, Piece]:
-    """One piece per key that speaks for its dtype, shape and share; ConfigError where ranks contradict each other."""
-    first: dict[str, tuple[int, Piece]] = {}
+class _Held(NamedTuple):
+    """All pieces of all ranks as columns, ordered by rank; boxes are padded to one width with offset 0 and size 1.
+    Tensors are numbered in the order of their keys; `infos` and `shared` describe each as its first piece does, and
+    `agrees` tells which pieces do so too."""
+
+    infos: list[TensorInfo]
+    shared: npt.NDArray[np.bool_]
+    items: Ints  # of each tensor the bytes of an element
+    dimensions: Ints  # of each tensor
+    shapes: Ints  # of each tensor, padded with 1
+    rank: Ints
+    tensor: Ints
+    low: Ints
+    sizes: Ints
+    agrees: npt.NDArray[np.bool_]
+    inside: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Sequence[Piece]]) -> _Held:
+        every = list(itertools.chain.from_iterable(pieces))
+        count = len(every)
+        kinds: dict[tuple[str, str, tuple[int, ...], str], int] = {}
+        kind = np.fromiter(
+            (kinds.setdefault((p.key, p.dtype, p.shape, p.share), len(kinds)) for p in every), np.int64, count
+        )
+        first: dict[str, int] = {}
+        for number, (key, *_) in enumerate(kinds):
+            first.setdefault(key, number)
+        names = list(kinds)
+        order = {key: tensor for tensor, key in enumerate(sorted(first))}
+        chosen = [names[first[key]] for key in order]
+        width = max((len(shape) for _, _, shape, _ in names), default=0)
+        tensor_of_kind = np.array([order[key] for key, *_ in names], np.int64)
+        first_of_kind = np.array([first[key] for key, *_ in names], np.int64)
+        shape_of_kind = _padded([shape for _, _, shape, _ in names], width, 1)
+        dimensions_of_kind = np.array([len(shape) for _, _, shape, _ in names], np.int64)
+        offsets, sizes = [piece.offsets for piece in every], [piece.sizes for piece in every]
+        fits = np.ones(count, bool)
+        for column in (offsets, sizes):
+            fits &= np.fromiter(map(len, column), np.int64, count) == dimensions_of_kind[kind]
+        if not fits.all():
+            offsets, sizes = (
+                [c if f else () for c, f in zip(column, fits, strict=True)] for column in (offsets, sizes)
+            )
+        low, extent, shape = _padded(offsets, width, 0), _padded(sizes, width, 1), shape_of_kind[kind]
+        inside = fits & ((low >= 0) & (extent >= 0) & (extent <= shape) & (low <= shape - extent)).all(axis=1)
+        return cls(
+            infos=[TensorInfo(key, dtype, shape) for key, dtype, shape, _ in chosen],
+            shared=np.array([share != PER_RANK for *_, share in chosen], bool),
+            items=np.array([itemsize(dtype) for _, dtype, _, _ in chosen], np.int64),
+            dimensions=np.array([len(shape) for _, _, shape, _ in chosen], np.int64),
+            shapes=_padded([shape for _, _, shape, _ in chosen], width, 1),
+            rank=np.repeat(np.arange(len(pieces)), [len(held) for held in pieces]),
+            tensor=tensor_of_kind[kind],
+            low=low,
+            sizes=extent,
+            agrees=first_of_kind[kind] == kind,
+            inside=np.asarray(inside),
+        )
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Ints:
+    """Rows of numbers as one array."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    padded = np.full((len(rows), width), fill, np.int64)
+    total = int(lengths.sum())
+    padded[np.arange(width) < lengths[:, None]] = np.fromiter(itertools.chain.from_iterable(rows), np.int64, total)
+    return padded
+
+
+def _check_agreement(held: _Held, pieces: Sequence[Sequence[Piece]]) -> None:
+    """ConfigError where ranks contradict each other, or a piece is no part of its tensor."""
+    wrong = np.flatnonzero(~(held.agrees & held.inside)).tolist()
+    if not wrong:
+        return
+    every = list(itertools.chain.from_iterable(pieces))
     problems: dict[str, str] = {}
-    for rank, held in enumerate(pieces):
-        for piece in held:
-            origin, other = first.setdefault(piece.key, (rank, piece))
-            if (piece.dtype, piece.shape, piece.share) != (other.dtype, other.shape, other.share):
-                problems.setdefault(
-                    piece.key, f"{piece.key}: {_spoken(other)} on rank {origin}, {_spoken(piece)} on rank {rank}"
-                )
-            if not Box(piece.offsets, piece.sizes).inside(piece.shape):
-                problems.setdefault(
-                    piece.key,
-                    f"{piece.key}: rank {rank} holds offsets {list(piece.offsets)}, sizes {list(piece.sizes)}, "
-                    f"which lies outside shape {list(piece.shape)}",
-                )
-    if problems:
-        raise ConfigError("the ranks disagree on tensors of the state:\n" + _listed(problems.values()))
-    return {key: piece for key, (_, piece) in first.items()}
+    for index in wrong:
+        piece, rank = every[index], int(held.rank[index])
+        if not held.agrees[index]:
+            origin = int(np.argmax(held.tensor == held.tensor[index]))
+            said = f"{_spoken(every[origin])} on rank {held.rank[origin]}, {_spoken(piece)} on rank {rank}"
+        else:
+            said = (
+                f"rank {rank} holds offsets {list(piece.offsets)}, sizes {list(piece.sizes)}, "
+                f"which lies outside shape {list(piece.shape)}"
+            )
+        problems.setdefault(piece.key, f"{piece.key}: {said}")
+    raise ConfigError("the ranks disagree on tensors of the state:\n" + _listed(problems.values()))
 
 
 def _spoken(piece: Piece) -> str:
@@ -123,90 +195,179 @@ def _listed(lines: Iterable[str]) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def _holders(pieces: Sequence[Sequence[Piece]]) -> dict[str, dict[Box, list[int]]]:
-    """Ranks that hold each box of each shared tensor, ascending. Empty shards count only for empty tensors."""
-    holders: dict[str, dict[Box, list[int]]] = {}
-    for rank, held in enumerate(pieces):
-        for piece in held:
-            if piece.share == PER_RANK:
-                continue
-            box = Box(piece.offsets, piece.sizes)
-            boxes = holders.setdefault(piece.key, {})
-            if not box.elements:
-                if 0 not in piece.shape:
-                    continue
-                box = Box.whole(piece.shape)
-            ranks = boxes.setdefault(box, [])
-            if not ranks or ranks[-1] != rank:
-                ranks.append(rank)
-    return holders
+class _Shared(NamedTuple):
+    """The distinct boxes of shared tensors, by tensor and box, and the ranks that hold each: those of box b are
+    `holder[first[b]]` to `holder[first[b + 1]]`, ascending."""
+
+    tensor: Ints
+    low: Ints
+    sizes: Ints
+    first: Ints
+    holder: Ints
 
 
-def _check_coverage(infos: dict[str, Piece], holders: dict[str, dict[Box, list[int]]]) -> None:
+def _shared_boxes(held: _Held) -> _Shared:
+    """Copies of shards are one box. Empty shards count only for empty tensors, as the whole of them."""
+    empty = (held.shapes == 0).any(axis=1)[held.tensor]
+    chosen = np.flatnonzero(held.shared[held.tensor] & (empty | (held.sizes > 0).all(axis=1)))
+    tensor, rank, empty = held.tensor[chosen], held.rank[chosen], empty[chosen, None]
+    low = np.where(empty, 0, held.low[chosen])
+    sizes = np.where(empty, held.shapes[tensor], held.sizes[chosen])
+    columns = [tensor, *low.T, *sizes.T]
+    order = _by(columns)
+    alike = _alike_before([column[order] for column in columns])
+    order = order[~(alike & (np.diff(rank[order], prepend=-1) == 0))]
+    first = np.flatnonzero(~_alike_before([column[order] for column in columns]))
+    box = order[first]
+    return _Shared(tensor[box], low[box], sizes[box], np.append(first, len(order)), rank[order])
+
+
+def _by(columns: Sequence[Ints]) -> Ints:
+    """The stable order of rows by columns, the first one first. Those that do not vary cost nothing."""
+    varied = [column for column in columns if len(column) and (column != column[0]).any()]
+    return np.lexsort(varied[::-1]) if varied else np.arange(len(columns[0]))
+
+
+def _alike_before(columns: Sequence[Ints]) -> npt.NDArray[np.bool_]:
+    """Of sorted rows, those that are like the one before."""
+    alike = np.ones(len(columns[0]), bool)
+    alike[:1] = False
+    for column in columns:
+        alike[1:] &= column[1:] == column[:-1]
+    return alike
+
+
+def _check_coverage(held: _Held, shared: _Shared) -> None:
     """ConfigError that lists the tensors of which some elements are on no rank."""
+    asked = np.unique(held.tensor[held.shared[held.tensor]])
+    asked = asked[(held.shapes[asked] != 0).all(axis=1)]
+    first = np.concatenate([np.zeros(1, np.int64), np.searchsorted(shared.tensor, np.arange(len(held.infos)), "right")])
+    shape = held.shapes[asked]
+    boxes, begin = cover.runs(first, asked)
+    low, high = shared.low[boxes], shared.low[boxes] + shared.sizes[boxes]
+    tiled = cover.tiled(cover.Regions(np.zeros_like(shape), shape, begin, low, high))
     gaps = []
-    for key, boxes in holders.items():
-        shape = infos[key].shape
-        if 0 in shape or Box.whole(shape) in boxes:
+    for number in np.flatnonzero(~tiled).tolist():
+        span = slice(int(begin[number]), int(begin[number + 1]))
+        region = np.zeros_like(shape[number]), shape[number]
+        if ((low[span] == region[0]) & (high[span] == region[1])).all(axis=1).any():
             continue
-        width = len(shape)
-        low = np.array([box.offsets for box in boxes], np.int64).reshape(-1, width)
-        high = low + np.array([box.sizes for box in boxes], np.int64).reshape(-1, width)
-        region = np.zeros(width, np.int64), np.array(shape, np.int64)
-        if cover.tiles(*region, low, high):
-            continue
-        _, (left, end) = cover.disjoint(*region, low, high)
+        _, (left, end) = cover.disjoint(*region, low[span], high[span])
         if len(left):
-            span = ", ".join(f"{lo}:{hi}" for lo, hi in zip(left[0], end[0], strict=True))
-            gaps.append(f"{key} {list(shape)}: elements [{span}]")
+            info = held.infos[asked[number]]
+            bounds = zip(left[0, : len(info.shape)], end[0, : len(info.shape)], strict=True)
+            gaps.append(f"{info.key} {list(info.shape)}: elements [{', '.join(f'{lo}:{hi}' for lo, hi in bounds)}]")
     if gaps:
         raise ConfigError("no rank holds some elements of the state:\n" + _listed(gaps))
 
 
-def _chunks(info: Piece, box: Box, rank: int) -> list[_Chunk]:
-    size = itemsize(info.dtype)
-    return [_Chunk(info.key, chunk, chunk.elements * size, rank) for chunk in cut(box, size)]
+class _Chunks(NamedTuple):
+    """Chunks: of which tensor, which box, how many bytes; who captures them; and the piece or shared box they are of.
+    `owned`: the value is its rank's own."""
+
+    tensor: Ints
+    low: Ints
+    sizes: Ints
+    raw: Ints
+    rank: Ints
+    origin: Ints
+    owned: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, held: _Held, tensor: Ints, low: Ints, sizes: Ints, rank: Ints, *, owned: bool) -> _Chunks:
+        """Boxes, cut by the chunk rule."""
+        origin, offsets, extent = cut_boxes(low, sizes, held.items[tensor])
+        number = tensor[origin]
+        raw = np.prod(extent, axis=1, dtype=np.int64) * held.items[number]
+        return cls(number, offsets, extent, raw, rank[origin], origin, np.full(len(raw), owned))
+
+    def loads(self, ranks: int) -> Ints:
+        """Bytes that each rank captures."""
+        sums = np.zeros(ranks, np.int64)
+        np.add.at(sums, self.rank, self.raw)
+        return sums
+
+    def take(self, chosen: Ints | slice) -> _Chunks:
+        return _Chunks(
+            self.tensor[chosen],
+            self.low[chosen],
+            self.sizes[chosen],
+            self.raw[chosen],
+            self.rank[chosen],
+            self.origin[chosen],
+            self.owned[chosen],
+        )
+
+    def with_rank(self, others: _Chunks, rank: Ints) -> _Chunks:
+        """These and others, which get their ranks."""
+        pairs = zip(self, others._replace(rank=rank), strict=True)
+        return _Chunks(*(np.concatenate(columns) for columns in pairs))
 
 
-def _balance(infos: dict[str, Piece], holders: dict[str, dict[Box, list[int]]], mine: list[list[_Chunk]]) -> None:
-    """Gives each chunk to one holder: those without a choice first, then largest first to the least loaded."""
-    loads = np.array([sum(chunk.raw for chunk in chunks) for chunks in mine], np.int64)
-    free: list[tuple[_Chunk, Ints]] = []
-    for key, boxes in holders.items():
-        for box, ranks in boxes.items():
-            chunks = _chunks(infos[key], box, ALL_RANKS)
-            if len(ranks) == 1:
-                mine[ranks[0]] += chunks
-                loads[ranks[0]] += sum(chunk.raw for chunk in chunks)
-            else:
-                candidates = np.array(ranks, np.int64)
-                free += [(chunk, candidates) for chunk in chunks]
-    free.sort(key=lambda item: (-item[0].raw, item[0].key, item[0].box))
-    for chunk, candidates in free:
-        rank = int(candidates[np.argmin(loads[candidates])])
-        mine[rank].append(chunk)
-        loads[rank] += chunk.raw
+def _own_chunks(held: _Held) -> _Chunks:
+    """The chunks of per-rank tensors, captured by each rank that holds them."""
+    own = np.flatnonzero(~held.shared[held.tensor])
+    return _Chunks.of(held, held.tensor[own], held.low[own], held.sizes[own], held.rank[own], owned=True)
 
 
-def _catalog(infos: dict[str, Piece], chunks: list[_Chunk], rank: int) -> Catalog:
-    """The catalog of one rank's chunks, each tensor's in row-major order, with their places in the slot."""
-    chunks.sort(key=lambda chunk: (chunk.key, chunk.box))
-    index: dict[str, int] = {}
-    for chunk in chunks:
-        index.setdefault(chunk.key, len(index))
-    width = max((len(infos[key].shape) for key in index), default=0)
-    offsets = np.zeros((len(chunks), width), np.int64)
-    sizes = np.ones((len(chunks), width), np.int64)
-    for row, chunk in enumerate(chunks):
-        offsets[row, : len(chunk.box.offsets)] = chunk.box.offsets
-        sizes[row, : len(chunk.box.sizes)] = chunk.box.sizes
-    places, _ = place([chunk.raw for chunk in chunks])
-    return Catalog.build(
-        [(key, infos[key].dtype, infos[key].shape) for key in index],
-        [index[chunk.key] for chunk in chunks],
-        offsets,
-        sizes,
-        rank=[chunk.rank for chunk in chunks],
-        writer=np.full(len(chunks), rank),
+def _shared_chunks(held: _Held, shared: _Shared) -> _Chunks:
+    """The chunks of shared tensors, captured by one holder each: the first, until `_balanced` says otherwise."""
+    return _Chunks.of(held, shared.tensor, shared.low, shared.sizes, shared.holder[shared.first[:-1]], owned=False)
+
+
+def _balanced(held: _Held, shared: _Shared, chunks: _Chunks, loads: Ints) -> Ints:
+    """One holder for each chunk: those without a choice first, then largest first to the least loaded."""
+    rank = chunks.rank.copy()
+    choice = np.diff(shared.first)[chunks.origin] > 1
+    np.add.at(loads, rank[~choice], chunks.raw[~choice])
+    free = np.flatnonzero(choice)
+    columns = (-chunks.raw, chunks.tensor, *chunks.low.T, *chunks.sizes.T)
+    free = free[_by([column[free] for column in columns])]
+    holders = [shared.holder[start:stop] for start, stop in itertools.pairwise(shared.first.tolist())]
+    few = [ranks.tolist() if len(ranks) <= _FEW_HOLDERS else None for ranks in holders]
+    heights = loads.tolist()
+    for chunk, origin, raw in zip(free.tolist(), chunks.origin[free].tolist(), chunks.raw[free].tolist(), strict=True):
+        candidates = few[origin]
+        if candidates is not None:
+            chosen = min(candidates, key=heights.__getitem__)
+        else:
+            chosen = int(holders[origin][np.argmin(loads[holders[origin]])])
+        rank[chunk] = chosen
+        heights[chosen] += raw
+        loads[chosen] += raw
+    return rank
+
+
+def _catalogs(held: _Held, chunks: _Chunks, ranks: int) -> list[Catalog]:
+    """Each rank's chunks, every tensor's in row-major order, with their places in the slot."""
+    order = _by([chunks.rank, chunks.tensor, *chunks.low.T, *chunks.sizes.T])
+    chunks = chunks.take(order)
+    first = np.searchsorted(chunks.rank, np.arange(ranks + 1)).tolist()
+    return [
+        _catalog(held, chunks.take(slice(start, stop)), rank)
+        for rank, (start, stop) in enumerate(itertools.pairwise(first))
+    ]
+
+
+def _catalog(held: _Held, chunks: _Chunks, rank: int) -> Catalog:
+    """The catalog of one rank's sorted chunks. It is not built from scratch: the invariants hold already, and checking
+    them tensor by tensor on each of many ranks would take longer than all else."""
+    count = len(chunks.tensor)
+    begins = np.diff(chunks.tensor, prepend=-1) != 0
+    tensors = chunks.tensor[begins]
+    width = int(held.dimensions[tensors].max(initial=0))
+    places, _ = place(chunks.raw)
+    return Catalog(
+        tensors=[held.infos[number] for number in tensors.tolist()],
+        tensor=(np.cumsum(begins) - 1).astype(np.int32),
+        offsets=np.ascontiguousarray(chunks.low[:, :width]),
+        sizes=np.ascontiguousarray(chunks.sizes[:, :width]),
+        rank=np.where(chunks.owned, rank, ALL_RANKS).astype(np.int32),
+        raw=chunks.raw.copy(),
+        crc=np.zeros(count, np.uint32),
+        writer=np.full(count, rank, np.int32),
+        file=np.zeros(count, np.int32),
         file_offset=places,
+        stored=chunks.raw.copy(),
+        codec=np.zeros(count, np.uint8),
     )

@@ -11,9 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptd.core.box import CHUNK_BYTES
-from ckptd.core.catalog import ALL_RANKS, Catalog
+from ckptd.core.catalog import ALL_RANKS, COLUMNS, Catalog
 from ckptd.core.errors import ConfigError
-from ckptd.plan.save import ALIGNMENT_BYTES, PAGE_ALIGNED_FROM_BYTES, PAGE_BYTES, Piece, place, plan_save, slot_bytes
+from ckptd.plan import save
+from ckptd.plan.save import (
+    ALIGNMENT_BYTES,
+    PAGE_ALIGNED_FROM_BYTES,
+    PAGE_BYTES,
+    Piece,
+    place,
+    plan_key,
+    plan_save,
+    slot_bytes,
+)
 
 
 def replica(key: str, shape: tuple[int, ...], dtype: str = "float32") -> Piece:
@@ -92,6 +102,50 @@ def test_empty_shards_and_empty_and_scalar_tensors() -> None:
     assert merged.raw[list(merged.rows("e"))].tolist() == [0]
     assert merged.raw[list(merged.rows("n"))].tolist() == [4]
     assert len(merged.rows("s")) == 1
+
+
+def test_an_empty_shard_of_a_tensor_that_nobody_holds() -> None:
+    with pytest.raises(ConfigError, match=r"s \[8, 4\]: elements \[0:8, 0:4\]"):
+        plan_save([[rows_of("s", (8, 4), 3, 3), replica("w", (2,))]])
+
+
+def test_a_box_of_other_dimensions_lies_outside() -> None:
+    with pytest.raises(ConfigError, match=r"s: rank 1 holds offsets \[0\], sizes \[8, 4\], which lies outside"):
+        plan_save([[rows_of("s", (8, 4), 0, 8)], [Piece("s", "float32", (8, 4), (0,), (8, 4), "sharded")]])
+
+
+def test_many_holders_are_chosen_from_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = [[replica(f"w{i}", (100 + i * 7 % 11, 10)) for i in range(30)] for _ in range(5)]
+    plan = plan_save(pieces)
+    monkeypatch.setattr(save, "_FEW_HOLDERS", 0)
+    assert all(same(one, other) for one, other in zip(plan, plan_save(pieces), strict=True))
+
+
+def test_catalogs_are_what_building_them_would_give() -> None:
+    shards = [
+        [rows_of("s", (9, 4), 3 * rank, 3 * rank + 3), replica("w", ()), own("b", (2, 3, 4))] for rank in range(3)
+    ]
+    for catalog in plan_save(shards):
+        columns = {name: getattr(catalog, name) for name in COLUMNS}
+        built = Catalog.build(catalog.tensors, catalog.tensor, catalog.offsets, catalog.sizes, **columns)
+        assert same(catalog, built)
+        assert all(getattr(catalog, name).dtype == getattr(built, name).dtype for name in (*COLUMNS, "tensor"))
+
+
+def test_the_key_of_a_plan_tells_all_questions_apart() -> None:
+    piece = rows_of("s", (8, 4), 0, 4)
+    others = [
+        Piece("t", "float32", (8, 4), (0, 0), (4, 4), "sharded"),
+        Piece("s", "bfloat16", (8, 4), (0, 0), (4, 4), "sharded"),
+        Piece("s", "float32", (9, 4), (0, 0), (4, 4), "sharded"),
+        Piece("s", "float32", (8, 4), (1, 0), (4, 4), "sharded"),
+        Piece("s", "float32", (8, 4), (0, 0), (5, 4), "sharded"),
+        Piece("s", "float32", (8, 4), (0, 0), (4, 4), "per_rank"),
+    ]
+    questions = [[[]], [[], []], [[piece]], [[piece], []], [[], [piece]], [[piece, piece]], [[piece], [piece]]]
+    questions += [[[other]] for other in others]
+    assert len({plan_key(question) for question in questions}) == len(questions)
+    assert plan_key([[piece], others]) == plan_key([[rows_of("s", (8, 4), 0, 4)], list(others)])
 
 
 def test_nothing_at_all() -> None:
