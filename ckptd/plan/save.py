@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -36,7 +38,7 @@ _FEW_HOLDERS = 32
 """Up to so many holders Python finds the least loaded one faster than NumPy."""
 
 
-class Piece(msgspec.Struct, array_like=True, frozen=True):
+class Piece(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What one rank holds of one tensor: the box (`offsets`, `sizes`) of `key`, whose global shape is `shape`.
 
     `share`: "replicated" and "sharded" pieces with one box are copies of each other; "per_rank" ones never are.
@@ -117,14 +119,14 @@ class _Held(NamedTuple):
     def of(cls, pieces: Sequence[Sequence[Piece]]) -> _Held:
         every = list(itertools.chain.from_iterable(pieces))
         count = len(every)
-        kinds: dict[tuple[str, str, tuple[int, ...], str], int] = {}
-        kind = np.fromiter(
-            (kinds.setdefault((p.key, p.dtype, p.shape, p.share), len(kinds)) for p in every), np.int64, count
-        )
-        first: dict[str, int] = {}
-        for number, (key, *_) in enumerate(kinds):
-            first.setdefault(key, number)
+        # Millions of pieces: what runs over each of them runs in C, and keeps no object of it.
+        kinds: defaultdict[tuple[str, str, tuple[int, ...], str], int] = defaultdict(itertools.count().__next__)
+        described = map(operator.attrgetter("key", "dtype", "shape", "share"), every)
+        kind = np.fromiter(map(kinds.__getitem__, described), np.int64, count)
         names = list(kinds)
+        first: dict[str, int] = {}
+        for number, (key, *_) in enumerate(names):
+            first.setdefault(key, number)
         order = {key: tensor for tensor, key in enumerate(sorted(first))}
         chosen = [names[first[key]] for key in order]
         width = max((len(shape) for _, _, shape, _ in names), default=0)
@@ -323,15 +325,14 @@ def _balanced(held: _Held, shared: _Shared, chunks: _Chunks, loads: Ints) -> Int
     free = np.flatnonzero(choice)
     columns = (-chunks.raw, chunks.tensor, *chunks.low.T, *chunks.sizes.T)
     free = free[_by([column[free] for column in columns])]
-    holders = [shared.holder[start:stop] for start, stop in itertools.pairwise(shared.first.tolist())]
-    few = [ranks.tolist() if len(ranks) <= _FEW_HOLDERS else None for ranks in holders]
+    holders: dict[int, tuple[Ints, list[int] | None]] = {}
     heights = loads.tolist()
     for chunk, origin, raw in zip(free.tolist(), chunks.origin[free].tolist(), chunks.raw[free].tolist(), strict=True):
-        candidates = few[origin]
-        if candidates is not None:
-            chosen = min(candidates, key=heights.__getitem__)
-        else:
-            chosen = int(holders[origin][np.argmin(loads[holders[origin]])])
+        if origin not in holders:
+            ranks = shared.holder[shared.first[origin] : shared.first[origin + 1]]
+            holders[origin] = ranks, ranks.tolist() if len(ranks) <= _FEW_HOLDERS else None
+        candidates, few = holders[origin]
+        chosen = min(few, key=heights.__getitem__) if few else int(candidates[np.argmin(loads[candidates])])
         rank[chunk] = chosen
         heights[chosen] += raw
         loads[chosen] += raw
