@@ -7,9 +7,9 @@ Everything that is random in the world is a step that may or may not happen. Why
   node, or is superseded; also parity given up. To keep it longer forbids captures, and lets a restart find only what
   an earlier one would have found. `lazy` leaves that out: each node frees in a step of its own, data and parity apart.
 - So snapshots need no numbers, and runs no bound.
-- A node that is lost was silent before, so a loss is part of the restart that finds it; and each rule is checked in each
-  state for every loss that is covered. One that has promised a new epoch takes no further step; so Prepare, inventory
-  and choice are one step. Begin on some nodes leaves more than on all; so it is part of that step.
+- A node that is lost was silent before, so a loss is part of the restart that finds it; and in each state each rule is
+  checked for every loss that is covered. One that has promised a new epoch takes no further step; so Prepare,
+  inventory and choice are one step. Begin on some nodes leaves more than on all; so it is part of that step.
 
 Not modelled: bytes, clocks, flushes and other pins, groups that change, members that were cut off and come back.
 """
@@ -76,8 +76,8 @@ class Model:
     """`groups` groups of k + m nodes, with so many slots and sets of parity each, and the rules that can be varied.
 
     `gives_up`: nodes may post NoParity. `supersede`: a newer sealed snapshot frees one whose parity was given up.
-    `resume`: what is restored but was not protected yet is protected in the new epoch. `lazy`: nothing is freed at once;
-    at most `most_columns` snapshots are then in memory together.
+    `resume`: what is restored but was not protected yet is protected in the new epoch. `lazy`: nothing is freed at
+    once; at most `most_columns` snapshots are then in memory together.
     """
 
     data: int
@@ -217,9 +217,8 @@ class Model:
                 state = self._freed(state, column)
             elif self._data_free(state, column) and self._forgotten(state, column):
                 state = without(state, column)
-        if state.restored == GONE or (
-            state.restored == state.protected >= 0 and not _lacks_data(state, state.restored)
-        ):
+        rebuilt = 0 <= state.restored == state.protected and not _lacks_data(state, state.restored)
+        if rebuilt or state.restored == GONE:
             state = state._replace(restored=NOWHERE)
         return label, canonical(state)
 

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-# Data in a cell: none yet; held, freed (both: Sealed posted); lost with the node that this one replaces; NotSealed posted.
+# Data in a cell: none yet; held, freed (Sealed posted); lost with the node that this one replaces; NotSealed posted.
 DATA = 28
 NONE, HELD, FREED, LOST, MISSED = 0, 4, 8, 12, 16
-# Parity in a cell: undecided; held, freed (both: Parity posted); NoParity known.
+# Parity in a cell: undecided; held, freed (Parity posted); NoParity posted, or heard of.
 PARITY = 3
 OPEN, KEPT, DROPPED, NEVER = 0, 1, 2, 3
 
@@ -33,8 +33,8 @@ class Group(NamedTuple):
 
 
 class State(NamedTuple):
-    """`protected`, `restored`, `chosen`: columns of the newest protected snapshot, of the restore point of this epoch until
-    a newer one is protected, and of one that an inventory has chosen. NOWHERE: none; GONE: no longer there."""
+    """`protected`: column of the newest protected snapshot. `restored`: of the restore point of this epoch, until a newer
+    one is protected. `chosen`: of what an inventory has chosen. NOWHERE: none; GONE: no longer there."""
 
     protected: int
     restored: int
@@ -110,7 +110,7 @@ def newest_sealed(state: State) -> int:
 # ---- what can be recovered
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def recoverable(nodes: tuple[Cells, ...], gone: tuple[int, ...], parity: int, strict: bool) -> int:
     """Bit c: a group can give back column c without the nodes `gone`.
 
@@ -127,13 +127,13 @@ def recoverable(nodes: tuple[Cells, ...], gone: tuple[int, ...], parity: int, st
     return mask
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def losses(count: int, most: int) -> tuple[tuple[int, ...], ...]:
     """All ways to lose at most so many of a group's nodes."""
     return tuple(gone for size in range(most + 1) for gone in itertools.combinations(range(count), size))
 
 
-@lru_cache(maxsize=None)
+@functools.cache
 def recoverable_after(group: Group, parity: int, strict: bool) -> frozenset[int]:
     """What a group can give back, as masks, after any loss that the promise still covers."""
     covered = losses(len(group.nodes), parity - group.lost)
@@ -161,8 +161,8 @@ def without(state: State, column: int) -> State:
         group._replace(nodes=tuple((*cells[:column], *cells[column + 1 :]) for cells in group.nodes))
         for group in state.groups
     )
-    places = (_moved(place, column) for place in (state.protected, state.restored, state.chosen))
-    return State(*places, groups)
+    protected, restored, chosen = (_moved(place, column) for place in state[:3])
+    return State(protected, restored, chosen, groups)
 
 
 def _moved(place: int, column: int) -> int:

@@ -1,7 +1,7 @@
 """The rules of protection hold in every state of small jobs, and each rule left out is found out.
 
-What is checked of each state (`Model.broken`): with any losses that are covered, at most m a group, something at least as
-new as the newest protected snapshot can be restored; nothing of that one was freed; without a loss, something at
+What is checked of each state (`Model.broken`): with any losses that are covered, at most m a group, something at least
+as new as the newest protected snapshot can be restored; nothing of that one was freed; without a loss, something at
 least as new as the newest sealed one can be restored; a restore point, once chosen, is still there.
 """
 
