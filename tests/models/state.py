@@ -33,8 +33,8 @@ class Group(NamedTuple):
 
 
 class State(NamedTuple):
-    """`protected`: column of the newest protected snapshot. `restored`: of the restore point of this epoch, until a newer
-    one is protected. `chosen`: of what an inventory has chosen. NOWHERE: none; GONE: no longer there."""
+    """`protected`: column of the newest protected snapshot. `restored`: of the restore point of this epoch, until a
+    newer one is protected. `chosen`: of what an inventory has chosen. NOWHERE: none; GONE: no longer there."""
 
     protected: int
     restored: int
