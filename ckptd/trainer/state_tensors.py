@@ -12,8 +12,9 @@ import dataclasses
 import enum
 import functools
 import itertools
+import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -176,15 +177,14 @@ Run = tuple[int, int]
 def _boxes(
     shape: tuple[int, ...], mesh_shape: tuple[int, ...], coordinate: tuple[int, ...], placements: tuple[Any, ...]
 ) -> tuple[Part, ...]:
-    """Shards dimension by dimension, mesh dimensions from left to right, as torch distributes tensors."""
+    """Shards dimension by dimension, mesh dimensions in the order in which they were split."""
     runs: list[list[Run]] = [[(0, size)] for size in shape]
-    for count, rank, placement in zip(mesh_shape, coordinate, placements, strict=True):
-        if placement.is_replicate():
-            continue
+    for mesh_dimension, interleaved in _splits(mesh_shape, placements):
+        count, rank, placement = mesh_shape[mesh_dimension], coordinate[mesh_dimension], placements[mesh_dimension]
         dimension = placement.dim
         held = runs[dimension]
         length = sum(size for _, size in held)
-        if type(placement).__name__ == "_StridedShard":
+        if interleaved:
             chosen = _strided(length, count, rank, placement.split_factor)
         else:
             chosen = [_chunk(length, count, rank)]
@@ -197,6 +197,26 @@ def _boxes(
         )
         for combination in itertools.product(*located)
     )
+
+
+def _splits(mesh_shape: tuple[int, ...], placements: tuple[Any, ...]) -> Iterator[tuple[int, bool]]:
+    """The mesh dimensions that shard, in the order of their splits, and whether a split interleaves.
+
+    Dimensions split from left to right, but `_StridedShard` with factor k splits what those to its right had already
+    split k ways: FSDP2 shards what tensor parallelism has left. Where no such dimensions are there, it interleaves.
+    Only uneven splits tell the two apart.
+    """
+    orders: dict[int, list[tuple[int, bool]]] = {}
+    for mesh_dimension in reversed(range(len(placements))):
+        placement = placements[mesh_dimension]
+        if placement.is_replicate():
+            continue
+        order = orders.setdefault(placement.dim, [])
+        ways = list(itertools.accumulate((mesh_shape[other] for other, _ in order), operator.mul, initial=1))
+        factor = placement.split_factor if type(placement).__name__ == "_StridedShard" else 1
+        found = factor in ways
+        order.insert(ways.index(factor) if found else 0, (mesh_dimension, not found))
+    return itertools.chain.from_iterable(orders.values())
 
 
 def _chunk(length: int, count: int, rank: int) -> Run:

@@ -15,10 +15,15 @@ TIMEOUT_S = 60.0
 
 
 class World:
-    """`size` ranks. `run` calls a function of a test module on each and returns results, or exceptions, by rank."""
+    """`size` ranks. `run` calls a function of a test module on each and returns results, or exceptions, by rank.
 
-    def __init__(self, size: int, directory: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+    `preload`: a module that all ranks are forked from, once it is imported; without, each imports what it is sent.
+    """
+
+    def __init__(self, size: int, directory: Path, preload: str | None = None) -> None:
+        context = multiprocessing.get_context("spawn" if preload is None else "forkserver")
+        if preload is not None:
+            multiprocessing.set_forkserver_preload([preload])
         self._ranks = []
         for rank in range(size):
             here, there = context.Pipe()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.api.world import World, succeeded
-from tests.layouts.ranks import LAYOUTS, load_and_save, save_the_first
+from tests.layouts.ranks import EVERY, load_and_save, save_the_first
 
 
 class Saved(NamedTuple):
@@ -22,7 +22,7 @@ class Saved(NamedTuple):
 
 @pytest.fixture(scope="session")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, World]]:
-    made = {size: World(size, tmp_path_factory.mktemp(f"world-{size}")) for size in (1, 2, 4)}
+    made = {size: World(size, tmp_path_factory.mktemp(f"world-{size}"), "tests.layouts.ranks") for size in (1, 2, 4)}
     yield made
     for world in made.values():
         world.close()
@@ -31,10 +31,10 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, World
 @pytest.fixture(scope="session")
 def saved(worlds: dict[int, World], tmp_path_factory: pytest.TempPathFactory) -> Saved:
     root = tmp_path_factory.mktemp("stores")
-    paths = {name: root / name for name in LAYOUTS}
+    paths = {name: root / name for name in EVERY}
     losses = succeeded(worlds[1].run(save_the_first, paths["one"]))[0]
     problems = {}
-    for name, (size, _) in LAYOUTS.items():
+    for name, (size, _) in EVERY.items():
         answers = worlds[size].run(load_and_save, name, paths["one"], paths[name])
         problems[name] = [str(a) if isinstance(a, BaseException) else "\n".join(a) for a in answers]
     return Saved(paths, losses, problems)

@@ -1,7 +1,7 @@
 """A tiny model that every layout can hold, what each element of its state is, and its loss.
 
-Sizes divide by nothing: 10 words, 6 wide, 7 hidden, 5 experts. The embedding is tied to the head. Layers can be left out,
-for stages of a pipeline, and experts for expert parallelism; what remains keeps its names.
+Sizes divide by nothing: 10 words, 6 wide, 7 hidden, 5 experts. The embedding is tied to the head. Layers can be left
+out, for stages of a pipeline, and experts for expert parallelism; what remains keeps its names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Layouts in which ranks hold different modules, or flat ranges that somebody else has cut: pipelines, experts, ZeRO."""
+"""Layouts in which ranks hold different modules, or flat ranges cut by somebody else: pipelines, experts, ZeRO."""
 
 from __future__ import annotations
 
@@ -204,10 +204,14 @@ def distributed_optimizer() -> Application:
     declared = ckptd.FlatShards([(shard, ckptd.flat_ranges(tensors, start, start + size))], values=False)
     state = optimisation([shard])
 
-    def backward() -> float:
+    def share(*_: Any) -> None:
         parts = [torch.zeros(size) for _ in range(world)]
-        dist.all_gather(parts, buffer[start : start + size].clone())
+        dist.all_gather(parts, shard.detach().clone())
         buffer.copy_(torch.cat(parts))
+
+    state["optimizer"].register_step_post_hook(share)
+
+    def backward() -> float:
         model.zero_grad()
         loss = loss_of(model(TOKENS))
         loss.backward()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard, _StridedShardOffsetMode
@@ -78,6 +79,22 @@ def test_strided_boxes(shape: tuple[int, ...], mesh_shape: tuple[int, ...], plac
         for box, part in _boxes(shape, mesh_shape, coordinate, placements):
             local[part] = whole[tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))]
         assert np.array_equal(local, whole[np.ix_(*indices)])
+
+
+@pytest.mark.parametrize(("tensor_parallel", "data_parallel"), list(itertools.product((1, 2, 3, 4), (2, 3, 5))))
+def test_what_fsdp2_leaves_of_what_tensor_parallelism_left(tensor_parallel: int, data_parallel: int) -> None:
+    """FSDP2 cuts local shards, by torch.chunk; uneven ones too, of which a rank may get the shorter, or none."""
+
+    def chunk(rows: torch.Tensor, count: int, rank: int) -> torch.Tensor:
+        return (*rows.chunk(count), *[rows[:0]] * count)[rank]
+
+    mesh_shape = (data_parallel, tensor_parallel)
+    placements = (_StridedShard(0, split_factor=tensor_parallel), Shard(0))
+    for length, (data, tensor) in itertools.product(range(24), coordinates(mesh_shape)):
+        expected = chunk(chunk(torch.arange(length), tensor_parallel, tensor), data_parallel, data)
+        parts = _boxes((length,), mesh_shape, (data, tensor), placements)
+        found = [torch.arange(box.offsets[0], box.offsets[0] + box.sizes[0]) for box, _ in parts]
+        assert torch.equal(torch.cat(found), expected), (length, data, tensor)
 
 
 class Mesh:
