@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
@@ -25,6 +26,10 @@ from ckptd.core.errors import CkptdError, ConfigError, DeadlineError, StoreError
 
 TIMEOUT_S = 1800.0
 """How long a rank waits for the others in one operation; a write of its part may lie between two of them."""
+
+
+_HEAD_BYTES = 512
+"""What a rank gathers in one exchange; longer values take a second one."""
 
 
 class _Answer(msgspec.Struct, array_like=True):
@@ -132,17 +137,24 @@ class Group:
         return dist.get_global_rank(self._handle, rank)
 
     def _all_gather(self, data: bytes) -> list[bytes]:
-        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(data)], dtype=torch.int64), group=self._handle)
-        longest = int(max(lengths))
-        if not longest:
-            return [b""] * self.size
-        mine = torch.zeros(longest, dtype=torch.uint8)
-        if data:
-            mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        received = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        dist.all_gather(received, mine, group=self._handle)
-        return [value.numpy()[: int(length)].tobytes() for value, length in zip(received, lengths, strict=True)]
+        """Lengths with what fits beside them; a second exchange only where something is longer."""
+        head = np.zeros(_HEAD_BYTES, np.uint8)
+        head[:8].view("<u8")[0] = len(data)
+        head[8 : 8 + len(data)] = np.frombuffer(data[: _HEAD_BYTES - 8], np.uint8)
+        heads = self._gathered(head)
+        lengths = [int(found[:8].view("<u8")[0]) for found in heads]
+        longest = max(lengths)
+        if longest <= _HEAD_BYTES - 8:
+            return [found[8 : 8 + length].tobytes() for found, length in zip(heads, lengths, strict=True)]
+        mine = np.zeros(longest, np.uint8)
+        mine[: len(data)] = np.frombuffer(data, np.uint8)
+        return [found[:length].tobytes() for found, length in zip(self._gathered(mine), lengths, strict=True)]
+
+    def _gathered(self, mine: npt.NDArray[np.uint8]) -> list[npt.NDArray[np.uint8]]:
+        """Arrays of one length of all ranks."""
+        received = [torch.empty(len(mine), dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(received, torch.from_numpy(mine), group=self._handle)
+        return [value.numpy() for value in received]
 
     def _broadcast(self, data: bytes | None) -> bytes:
         assert self._handle is not None

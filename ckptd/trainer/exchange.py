@@ -121,7 +121,8 @@ class Exchange:
 
     def run(self) -> None:
         """Fills all targets."""
-        threads = threads_for(self._tier)
+        nodes = self._schedule.nodes
+        threads = threads_for(self._tier, nodes.count(nodes[self._group.rank]))
         with ThreadPoolExecutor(threads, "ckptd-load") as pool:
             _Run(self._group, self._tier, self._filling, self._schedule, self._staging, pool).steps()
 
@@ -140,6 +141,8 @@ class Exchange:
         """Memory for two rounds on every rank that decodes for others; each maps that of its node."""
         schedule, rank = self._schedule, self._group.rank
         sharing = schedule.staging()
+        if not sharing:
+            return
 
         def make() -> bytes:
             if rank in sharing:
@@ -192,8 +195,9 @@ class _Run:
                     self._pool.submit(self._filling.read, self._tier, run)
                     for run in runs[step * share : (step + 1) * share]
                 ]
+                if step == count - 1 and failure is None:
+                    failure = _failure(lambda: _finish(self._alone))
                 self._group.agree(failure)
-            self._group.agree(_failure(lambda: _finish(self._alone)))
         finally:
             for future in self._alone:
                 future.cancel()

@@ -70,20 +70,21 @@ class Staging:
         os.ftruncate(self._descriptor, size)
         allocate(self._descriptor, size)
         fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        self._map(self._rank, mmap.mmap(self._descriptor, size), write=True)
+        mapping = self._map(self._rank, mmap.mmap(self._descriptor, size))
+        with contextlib.suppress(OSError):  # an old kernel: pages are mapped one by one, when they are touched
+            populate(address_of(mapping), size)
 
     def map(self, rank: int) -> None:
         """Maps the memory of a rank that was opened and has allocated."""
         if rank != self._rank:
             descriptor = self._opened[rank]
             size = os.fstat(descriptor).st_size
-            self._map(rank, mmap.mmap(descriptor, size, prot=mmap.PROT_READ), write=False)
+            self._map(rank, mmap.mmap(descriptor, size, prot=mmap.PROT_READ))
 
-    def _map(self, rank: int, mapping: mmap.mmap, *, write: bool) -> None:
+    def _map(self, rank: int, mapping: mmap.mmap) -> mmap.mmap:
         mapping.madvise(mmap.MADV_DONTFORK)
         self._mapped[rank] = mapping
-        with contextlib.suppress(OSError):  # an old kernel: pages are mapped one by one, when they are touched
-            populate(address_of(mapping), len(mapping), write=write)
+        return mapping
 
     def memory(self, rank: int, offset: int, size: int) -> memoryview:
         """Part of a rank's memory; only one's own may be written."""

@@ -133,9 +133,10 @@ def default_threads() -> int:
     return min(MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
-def threads_for(reader: RunReader) -> int:
-    """Threads that read at the same time: more than there are cores where each waits for a network."""
-    return max(default_threads(), min(MAX_THREADS, reader.parallel))
+def threads_for(reader: RunReader, ranks: int = 1) -> int:
+    """Threads that read at the same time where so many `ranks` load on this node: as many as this rank has cores to
+    itself, more where each waits for a network."""
+    return max(1, default_threads() // ranks, min(MAX_THREADS, reader.parallel))
 
 
 class Filling:
