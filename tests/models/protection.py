@@ -11,6 +11,13 @@ Everything that is random in the world is a step that may or may not happen. Why
   checked for every loss that is covered. One that has promised a new epoch takes no further step; so Prepare,
   inventory and choice are one step. Begin on some nodes leaves more than on all; so it is part of that step.
 
+Rules that only this check showed to be needed:
+- Begin pins the newest protected snapshot beside a restore point that is not protected ('unpinned'), and that one then
+  gets its parity in the new epoch (`resume`), or two slots would be held for ever.
+- After a restart a group may lack data or parity on at most m nodes; not: parity on every survivor ('strict').
+- NoParity frees neither parity of the restore point ('loosened') nor data; so it needs a third slot, and a newer sealed
+  snapshot must free one whose parity was given up (`supersede`).
+
 Not modelled: bytes, clocks, flushes and other pins, groups that change, members that were cut off and come back.
 """
 

@@ -115,7 +115,7 @@ def recoverable(nodes: tuple[Cells, ...], gone: tuple[int, ...], parity: int, st
     """Bit c: a group can give back column c without the nodes `gone`.
 
     That is so if none lacks data, or at most m lack data or parity: a stripe lacks no more positions than that.
-    `strict` (PROTOCOL, section 3, to the letter): at most m lack data, and every other one has parity.
+    `strict` (a rule that was tried): at most m lack data, and every other one has parity.
     """
     mask = 0
     for column in range(max(map(len, nodes))):
