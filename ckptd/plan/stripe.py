@@ -315,9 +315,10 @@ class Striping:
         places = [self._source(stripe, position, start, stop) for position in range(len(self.group.nodes))]
         usable = [place for place in places if place.size == 0 or place.node not in lost]
         if len(usable) < k:
+            missing = [node for node in self.group.nodes if node in lost]
             raise UnrecoverableError(
                 f"stripe {stripe} of nodes {', '.join(map(str, self.group.nodes))}: nodes "
-                f"{', '.join(map(str, sorted(lost)))} are lost, {len(usable)} of its positions are left, expected at "
+                f"{', '.join(map(str, missing))} are lost, {len(usable)} of its positions are left, expected at "
                 f"least {k}; take an older snapshot or a checkpoint"
             )
         usable.sort(key=lambda place: (place.size > 0, taken[place.node], place.position))

@@ -338,7 +338,7 @@ def test_a_rebuild_asks_survivors_evenly() -> None:
 def test_too_many_losses_are_refused_by_name() -> None:
     plan = Striping(Group((3, 5, 8), 1), (9, 9, 9))
     with pytest.raises(UnrecoverableError, match="nodes 3, 5, 8: nodes 3, 8 are lost, 1 of its positions are left"):
-        plan.rebuild(3, lost={3, 8})
+        plan.rebuild(3, lost={3, 8, 9})
     assert plan.read(5, 0, 9, lost={3, 8})[0].sources == (Source(0, 5, 0, 5),)
 
 
