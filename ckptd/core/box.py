@@ -64,6 +64,15 @@ def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Ints:
+    """Rows of up to `width` numbers as one array, filled up with `fill`."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    numbers = np.fromiter(itertools.chain.from_iterable(rows), np.int64, int(lengths.sum()))
+    array = np.full((len(rows), width), fill, np.int64)
+    array[np.arange(width) < lengths[:, None]] = numbers
+    return array
+
+
 def flat_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     """The elements [start, stop) of a flattened row-major tensor of `shape` as disjoint boxes, in their flat order.
 

@@ -75,29 +75,37 @@ def tiled(regions: Regions) -> Flags:
     it. For the others: the indicator function of a box is the signed sum of the orthants that start at its corners,
     and orthants are linearly independent; so boxes tile a region if and only if their signed corners add up to its own.
     """
-    count = len(regions.region_low)
+    held = np.diff(regions.first) > 0
+    if not held.all():
+        found = np.zeros(len(held), bool)
+        found[held] = tiled(regions.take(np.flatnonzero(held)))
+        return found
+    count = len(held)
     owner = np.repeat(np.arange(count), np.diff(regions.first))
-    differs = (regions.low != regions.region_low[owner]) | (regions.high != regions.region_high[owner])
-    active = np.stack(
-        [np.bincount(owner[column], minlength=count) > 0 for column in differs.T] or [np.zeros(count, bool)]
-    )
-    active = active[: differs.shape[1]].T
+    active = np.zeros((count, regions.low.shape[1]), bool)
+    for dimension, column in enumerate(active.T):
+        differs = regions.low[:, dimension] != regions.region_low[owner, dimension]
+        differs |= regions.high[:, dimension] != regions.region_high[owner, dimension]
+        column[owner[differs]] = True
     dimensions = active.sum(axis=1)
     found = (dimensions == 0) & (np.diff(regions.first) == 1)
+    line = dimensions == 1
+    if line.any():
+        found |= line & _in_line(regions, owner, active.argmax(axis=1))
+    if (dimensions <= 1).all():
+        return np.asarray(found)
     # Sums may wrap around for hostile boxes, and are no more than a reason not to look closer.
     sums = np.concatenate([np.zeros(1, np.int64), np.cumsum(volume(regions.low, regions.high))])
     full = np.diff(sums[regions.first]) == volume(regions.region_low, regions.region_high)
-    for number in np.unique(dimensions[full & (dimensions > 0)]).tolist():
+    for number in np.unique(dimensions[full & (dimensions > 1)]).tolist():
         chosen = np.flatnonzero(full & (dimensions == number))
-        some = regions.take(chosen)
         axes = np.argsort(~active[chosen], axis=1, kind="stable")[:, :number]
-        found[chosen] = _in_line(some, axes[:, 0]) if number == 1 else _corners_agree(some, axes)
+        found[chosen] = _corners_agree(regions.take(chosen), axes)
     return np.asarray(found)
 
 
-def _in_line(regions: Regions, axis: Ints) -> Flags:
-    """Whether the boxes of each region, alike in all dimensions but `axis`, follow each other from end to end."""
-    owner = np.repeat(np.arange(len(axis)), np.diff(regions.first))
+def _in_line(regions: Regions, owner: Ints, axis: Ints) -> Flags:
+    """Whether the boxes of each region follow each other from end to end in its dimension `axis`. None is without."""
     low, high = (column[np.arange(len(owner)), axis[owner]] for column in (regions.low, regions.high))
     joint = owner[1:] == owner[:-1]
     if (low[1:] < low[:-1])[joint].any():

@@ -79,7 +79,7 @@ class Exchange:
         return rows[order], targets[order], first
 
 
-def plan_exchange(raw: Ints, wanted: Sequence[Ints], nodes: Sequence[int] | None = None) -> Exchange:
+def plan_exchange(raw: Ints, wanted: Sequence[Ints], nodes: Sequence[int] | Ints | None = None) -> Exchange:
     """The exchange for ranks that want the catalog rows `wanted[rank]` (ascending, each once).
 
     `raw`: bytes of every row of the catalog. `nodes`: a number for the node of each rank; None: all are on one node.

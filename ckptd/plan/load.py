@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ckptd.core.box import Box
+from ckptd.core.box import Box, padded
 from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.errors import MismatchError
 from ckptd.plan import cover
@@ -114,23 +114,6 @@ def plan_boxes(
     return plan if every else dataclasses.replace(plan, want=usable[plan.want])
 
 
-def served_rows(catalog: Catalog, rank: int) -> Ints:
-    """The rows that `rank` reads: per tensor its own where it has any, else those for all ranks."""
-    return _served(catalog, rank, np.arange(len(catalog.tensors)))
-
-
-def _served(catalog: Catalog, rank: int, tensors: Ints) -> Ints:
-    """The same, of some tensors."""
-    rows, begin = cover.runs(catalog.first, tensors)
-    owner = catalog.rank[rows]
-    if (owner == ALL_RANKS).all():
-        return rows
-    mine = owner == rank
-    position = np.repeat(np.arange(len(tensors)), np.diff(begin))
-    overridden = np.bincount(position[mine], minlength=len(tensors)) > 0
-    return np.asarray(rows[mine | ((owner == ALL_RANKS) & ~overridden[position])])
-
-
 def mismatch_message(what: str, differences: Sequence[str]) -> str:
     """One message for all differences."""
     count = "1 difference" if len(differences) == 1 else f"{len(differences)} differences"
@@ -148,14 +131,17 @@ def _compare(
         if tensor is None:
             differences.append(f"{want.key}: not in the checkpoint")
             continue
-        _, dtype, shape = catalog.tensors[tensor]
-        fits = True
-        if shape != tuple(want.shape):
-            differences.append(f"{want.key}: shape {list(shape)} in the checkpoint, {list(want.shape)} here")
-            fits = False
-        if dtype != want.dtype and not cast:
-            differences.append(f"{want.key}: {dtype} in the checkpoint, {want.dtype} here (cast=True converts it)")
-            fits = False
+        info = catalog.tensors[tensor]
+        fits = info == want[:3]  # as a rule, and much faster than one by one
+        if not fits:
+            fits = True
+            if info.shape != tuple(want.shape):
+                differences.append(f"{want.key}: shape {list(info.shape)} in the checkpoint, {list(want.shape)} here")
+                fits = False
+            if info.dtype != want.dtype and not cast:
+                here = f"{want.dtype} here (cast=True converts it)"
+                differences.append(f"{want.key}: {info.dtype} in the checkpoint, {here}")
+                fits = False
         if fits and 0 not in want.box.sizes:
             usable.append(index)
             tensors.append(tensor)
@@ -164,16 +150,8 @@ def _compare(
 
 def _boxes_of(boxes: Sequence[Box], width: int) -> tuple[Ints, Ints]:
     """(low, high), padded to `width` dimensions."""
-    zeros, ones = (0,) * width, (1,) * width
-    low: list[int] = []
-    sizes: list[int] = []
-    for box in boxes:
-        low += box.offsets
-        low += zeros[len(box.offsets) :]
-        sizes += box.sizes
-        sizes += ones[len(box.sizes) :]
-    start = np.array(low, np.int64).reshape(len(boxes), width)
-    return start, start + np.array(sizes, np.int64).reshape(len(boxes), width)
+    low = padded([box.offsets for box in boxes], width, 0)
+    return low, low + padded([box.sizes for box in boxes], width, 1)
 
 
 class _Gap(NamedTuple):
@@ -213,7 +191,7 @@ def _planned(catalog: Catalog, rank: int, tensor: Ints, low: Ints, high: Ints) -
         numbers = np.arange(span.start, span.stop) if order is None else order[span]
         wants = Boxes(ascending[span], low[numbers], high[numbers])
         hulls = _hulls(wants, wants_first[start:stop] - span.start)
-        rows = _reaching(catalog, _served(catalog, rank, hulls.group), hulls)
+        rows = _rows_near(catalog, rank, hulls)
         chunk_low = catalog.offsets[rows]
         chunks = Boxes(catalog.tensor[rows].astype(np.int64), chunk_low, chunk_low + catalog.sizes[rows])
         for parts, missing in _block(wants, chunks):
@@ -258,18 +236,47 @@ def _hulls(wants: Boxes, first: Ints) -> Boxes:
     return Boxes(wants.group[first], np.minimum.reduceat(wants.low, first), np.maximum.reduceat(wants.high, first))
 
 
-def _reaching(catalog: Catalog, rows: Ints, hulls: Boxes) -> Ints:
-    """The rows that reach the hull of their tensor: few where one rank asks. Takes little memory beside them."""
-    kept = np.ones(len(rows), bool)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        some, fits = rows[start : start + _ROWS_AT_ONCE], kept[start : start + _ROWS_AT_ONCE]
-        hull = np.searchsorted(hulls.group, catalog.tensor[some])
-        for dimension in range(hulls.low.shape[1]):
-            low = catalog.offsets[some, dimension]
-            fits &= low < hulls.high[hull, dimension]
-            low += catalog.sizes[some, dimension]
-            fits &= low > hulls.low[hull, dimension]
-    return rows if kept.all() else rows[kept]
+def _rows_near(catalog: Catalog, rank: int, hulls: Boxes) -> Ints:
+    """The rows that serve `rank` (of each tensor its own if it has any, else those for all ranks) and reach the hull of
+    their tensor: few where one rank asks."""
+    tensors = hulls.group
+    start, stop = int(catalog.first[tensors[0]]), int(catalog.first[tensors[-1] + 1])
+    rows: Ints | slice
+    if stop - start <= 2 * int((catalog.first[tensors + 1] - catalog.first[tensors]).sum()):
+        # Nearly all that lies between is asked for: slices are much faster than indices. No row reaches an empty hull.
+        whole = np.arange(tensors[0], tensors[-1] + 1)
+        low, high = (np.zeros((len(whole), catalog.offsets.shape[1]), np.int64) for _ in range(2))
+        low[tensors - tensors[0]], high[tensors - tensors[0]] = hulls.low, hulls.high
+        rows, begin = slice(start, stop), catalog.first[whole[0] : whole[-1] + 2] - start
+        hulls = Boxes(whole, low, high)
+    else:
+        rows, begin = cover.runs(catalog.first, tensors)
+    near = _near(catalog, rows, hulls, begin)
+    owner = catalog.rank[rows]
+    if (owner != ALL_RANKS).any():
+        position = np.repeat(np.arange(len(hulls.group)), np.diff(begin))
+        overridden = np.bincount(position[owner == rank], minlength=len(hulls.group)) > 0
+        near = near[owner[near] == np.where(overridden, rank, ALL_RANKS)[position[near]]]
+    return near + start if isinstance(rows, slice) else rows[near]
+
+
+def _near(catalog: Catalog, rows: Ints | slice, hulls: Boxes, begin: Ints) -> Ints:
+    """The indices of the rows that reach the hull of their tensor; its rows are `begin[t]` to `begin[t + 1]`."""
+    near: Ints | None = None
+    for dimension in range(catalog.offsets.shape[1]):
+        low, size = catalog.offsets[rows, dimension], catalog.sizes[rows, dimension]
+        bounds = hulls.low[:, dimension], hulls.high[:, dimension]
+        if near is None:
+            first, last = (np.repeat(bound, np.diff(begin)) for bound in bounds)
+        else:
+            low, size = low[near], size[near]
+            position = np.searchsorted(begin, near, "right") - 1
+            first, last = (bound[position] for bound in bounds)
+        hit = low < last
+        hit &= low + size > first
+        if not hit.all():
+            near = np.flatnonzero(hit) if near is None else near[hit]
+    return np.arange(begin[-1]) if near is None else near
 
 
 def _block(wants: Boxes, chunks: Boxes) -> Iterator[tuple[_Parts, list[_Gap]]]:

@@ -90,9 +90,10 @@ def _join(wants: Boxes, chunks: Boxes, asked: _Items, held: _Items, passes: int)
     large = asking * holding > _FEW * (asking + holding)
     if passes == _MOST_PASSES or len(held.task) > _MOST_COPIES * len(chunks.group):
         large[:] = False
-    yield from _look(wants, chunks, *(items.take(~large[items.task]) for items in (asked, held)))
     if not large.any():
+        yield from _look(wants, chunks, asked, held)
         return
+    yield from _look(wants, chunks, *(items.take(~large[items.task]) for items in (asked, held)))
     asked, held, tasks = _matched(*(items.take(large[items.task]) for items in (asked, held)))
     cuts = _best_cuts(wants, chunks, asked, held, tasks)
     useful = _useful(cuts, asked, held, tasks)
@@ -117,7 +118,8 @@ def _matched(asked: _Items, held: _Items) -> tuple[_Items, _Items, int]:
         position = np.searchsorted(both, items.task)
         kept = position < len(both)
         kept[kept] = both[position[kept]] == items.task[kept]
-        matched.append(items.take(kept)._replace(task=position[kept]))
+        items = items._replace(task=position)
+        matched.append(items if kept.all() else items.take(kept))
     return matched[0], matched[1], len(both)
 
 

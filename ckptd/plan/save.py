@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ckptd.core.box import cut_boxes
+from ckptd.core.box import cut_boxes, padded
 from ckptd.core.catalog import ALL_RANKS, Catalog, TensorInfo
 from ckptd.core.errors import ConfigError
 from ckptd.core.types import itemsize
@@ -132,7 +132,7 @@ class _Held(NamedTuple):
         width = max((len(shape) for _, _, shape, _ in names), default=0)
         tensor_of_kind = np.array([order[key] for key, *_ in names], np.int64)
         first_of_kind = np.array([first[key] for key, *_ in names], np.int64)
-        shape_of_kind = _padded([shape for _, _, shape, _ in names], width, 1)
+        shape_of_kind = padded([shape for _, _, shape, _ in names], width, 1)
         dimensions_of_kind = np.array([len(shape) for _, _, shape, _ in names], np.int64)
         offsets, sizes = [piece.offsets for piece in every], [piece.sizes for piece in every]
         fits = np.ones(count, bool)
@@ -142,14 +142,14 @@ class _Held(NamedTuple):
             offsets, sizes = (
                 [c if f else () for c, f in zip(column, fits, strict=True)] for column in (offsets, sizes)
             )
-        low, extent, shape = _padded(offsets, width, 0), _padded(sizes, width, 1), shape_of_kind[kind]
+        low, extent, shape = padded(offsets, width, 0), padded(sizes, width, 1), shape_of_kind[kind]
         inside = fits & ((low >= 0) & (extent >= 0) & (extent <= shape) & (low <= shape - extent)).all(axis=1)
         return cls(
             infos=[TensorInfo(key, dtype, shape) for key, dtype, shape, _ in chosen],
             shared=np.array([share != PER_RANK for *_, share in chosen], bool),
             items=np.array([itemsize(dtype) for _, dtype, _, _ in chosen], np.int64),
             dimensions=np.array([len(shape) for _, _, shape, _ in chosen], np.int64),
-            shapes=_padded([shape for _, _, shape, _ in chosen], width, 1),
+            shapes=padded([shape for _, _, shape, _ in chosen], width, 1),
             rank=np.repeat(np.arange(len(pieces)), [len(held) for held in pieces]),
             tensor=tensor_of_kind[kind],
             low=low,
@@ -157,15 +157,6 @@ class _Held(NamedTuple):
             agrees=first_of_kind[kind] == kind,
             inside=np.asarray(inside),
         )
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Ints:
-    """Rows of numbers as one array."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-    padded = np.full((len(rows), width), fill, np.int64)
-    total = int(lengths.sum())
-    padded[np.arange(width) < lengths[:, None]] = np.fromiter(itertools.chain.from_iterable(rows), np.int64, total)
-    return padded
 
 
 def _check_agreement(held: _Held, pieces: Sequence[Sequence[Piece]]) -> None:

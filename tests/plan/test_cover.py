@@ -62,6 +62,46 @@ def test_disjoint_parts_and_the_rest_make_up_the_region(boxes: tuple[np.ndarray,
         assert (part_high <= high[source]).all()
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(boxes_in_region(), max_size=6), st.sampled_from([1, 2**40, 2**60]))
+def test_many_regions_at_once_as_one_by_one(cases: list[tuple[np.ndarray, ...]], scale: int) -> None:
+    """Regions of different dimensions, padded to one width; coordinates up to the largest that there are."""
+    width = max((len(case[0]) for case in cases), default=0)
+
+    def padded(column: np.ndarray, fill: int) -> np.ndarray:
+        column = np.atleast_2d(column) * scale
+        return np.pad(column, ((0, 0), (0, width - column.shape[1])), constant_values=fill)
+
+    columns = [[padded(case[i], i % 2) for case in cases] for i in range(4)]
+    region_low, region_high, low, high = (np.concatenate([np.zeros((0, width), np.int64), *some]) for some in columns)
+    first = np.cumsum([0, *(len(case[2]) for case in cases)])
+    expected = [cover.tiles(*(np.asarray(column) for column in case)) for case in cases]
+    assert cover.tiled(cover.Regions(region_low, region_high, first, low, high)).tolist() == expected
+
+
+def test_regions_are_looked_at_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quarters of squares, every third of them with a gap and an overlap of one size."""
+    squares = np.arange(30)
+    first = np.arange(31) * 4
+    quarter = np.array([[0, 0], [0, 5], [5, 0], [5, 5]])
+    low = (quarter[None] + squares[:, None, None]).reshape(-1, 2)
+    high = low + 5
+    high[first[1::3] - 1, 0] -= 1
+    low[first[1::3] - 2, 0] -= 1
+    region_low = np.repeat(squares[:, None], 2, axis=1)
+    monkeypatch.setattr(cover, "_CORNERS_AT_ONCE", 50)
+    found = cover.tiled(cover.Regions(region_low, region_low + 10, first, low, high))
+    assert found.tolist() == [number % 3 != 0 for number in range(30)]
+
+
+def test_more_corners_than_there_is_room_for_are_no_tiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    corners = np.array(np.meshgrid(*[[0, 1]] * 4)).reshape(4, -1).T
+    region = np.zeros(4, np.int64), np.full(4, 2)
+    assert cover.tiles(*region, corners, corners + 1)
+    monkeypatch.setattr(cover, "_MAX_CORNERS", 100)
+    assert not cover.tiles(*region, corners, corners + 1)
+
+
 def test_disjoint_prefers_the_first() -> None:
     low, high = np.array([[0], [2]]), np.array([[6], [9]])
     parts, (left, _) = cover.disjoint(np.array([0]), np.array([9]), low, high)
