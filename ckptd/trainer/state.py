@@ -340,6 +340,10 @@ class _Restore:
         self._tensors = tensors
         self._objects = objects
         self._values: dict[str, Any] = {}
+        self._renamed: dict[str, str] = {}
+        for alias, canonical in {**walk.modules.aliases, **walk.flat_aliases()}.items():
+            if canonical not in tensors and alias in tensors:
+                self._renamed.setdefault(canonical, alias)
         self.sources: list[Source] = []
         walk.modules.reshard()
         self._add_modules()
@@ -348,7 +352,7 @@ class _Restore:
                 self.sources += sources_of(leaf.path, leaf.value, Share.REPLICATED)
             elif leaf.kind is Kind.FLAT:
                 for key, flat, held in _flat_parts(leaf):
-                    self.sources += flat_sources(key, flat, held, Share.SHARDED)
+                    self.sources += flat_sources(self._renamed.get(key, key), flat, held, Share.SHARDED)
             elif leaf.path in walk.optimizers:
                 self.sources += walk.optimizers[leaf.path].targets(tensors, objects)
             elif leaf.kind in (Kind.STATEFUL, Kind.OPTIMIZER):
@@ -365,12 +369,8 @@ class _Restore:
 
     def _add_modules(self) -> None:
         modules = self._walk.modules
-        tied: dict[str, str] = {}
-        for alias, canonical in modules.aliases.items():
-            if canonical not in self._tensors and alias in self._tensors:
-                tied.setdefault(canonical, alias)
         for source in modules.sources(set()):
-            source.key = tied.get(source.key, source.key)
+            source.key = self._renamed.get(source.key, source.key)
             self.sources.append(source)
         for _, place in modules.extras():
             self._add_value(place, {}, Share.PER_RANK, reuse=False)

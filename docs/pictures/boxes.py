@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptd.core.box import Box, cut
+from ckptd.core.box import Box, cut, flat_boxes
 from ckptd.core.catalog import Catalog, TensorInfo
 from ckptd.plan.layout import Layout, Mesh, Placed, extents, shards
 
@@ -94,6 +94,14 @@ def pieces(source: Boxes, target: Boxes) -> Boxes:
     ]
 
 
+def flat(shape: tuple[int, int], world: int) -> Boxes:
+    """The runs that ranks have of the flattened tensor, in boxes."""
+    total = shape[0] * shape[1]
+    size = -(-total // world)
+    runs = [(min(rank * size, total), min((rank + 1) * size, total)) for rank in range(world)]
+    return [(box, str(rank), rank) for rank, run in enumerate(runs) for box in flat_boxes(shape, *run)]
+
+
 COLUMNS = '[[placement]]\nkeys = "w"\nshard = { mesh = "tp", dim = 1 }'
 ROWS = '[[placement]]\nkeys = "w"\nshard = { mesh = "dp", dim = 0 }'
 BOTH = '[[placement]]\nkeys = "w"\nshard = [{ mesh = "tp", dim = 1 }, { mesh = "dp", dim = 0 }]'
@@ -115,6 +123,7 @@ def pictures() -> dict[str, str]:
                 ("tp: dim 0, dp: dim 0", shape, ranks(STRIDED, "dp=2,tp=4", shape)),
             ]
         ),
+        "flat.svg": drawing([("3 ranks", shape, flat(shape, 3)), ("7 ranks", shape, flat(shape, 7))]),
         "recut.svg": drawing(
             [
                 ("source: dp=2", shape, source),
