@@ -3,10 +3,11 @@
 Owns the order of a save, and reading chunks out of tensors. Each step is taken by all ranks together, so that a
 failure of one is a failure of all with the same error, and nothing is committed:
 
-1. propose   each rank says what it holds (pieces, digests of its objects); rank 0 opens the store and names the
-             checkpoint
-2. checksum  every rank computes the same plan, and the checksums of the chunks it captures; what several ranks hold
-             alike is stored once (plan/share.py)
+1. propose   each rank says what it holds (pieces, digests of its objects); rank 0 opens the store, names the
+             checkpoint and leaves a token, by which the others know that their path leads to the same store
+2. checksum  every rank looks for the token, and computes the same plan, which is kept for a next save of the same
+             layout, and the checksums of the chunks it captures; what several ranks hold alike is stored once
+             (plan/share.py)
 3. write     each rank writes its data and its part of the manifest
 4. commit    rank 0 commits; only now does the checkpoint exist, and only after it an older one of that step is removed
 
@@ -29,10 +30,10 @@ import torch
 from ckptd.core.box import Box, contiguous_strides
 from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.config import node_name
-from ckptd.core.errors import CkptdError, ConfigError, NotFoundError
+from ckptd.core.errors import CkptdError, ConfigError, NotFoundError, StoreError
 from ckptd.core.native import address_of, copy_boxes, crc32c
 from ckptd.core.types import SnapshotId
-from ckptd.plan.save import Piece, plan_save
+from ckptd.plan.save import Piece, plan_key, plan_save
 from ckptd.plan.share import OBJECTS_FILE, object_rows, share_objects, share_rows, with_aliases
 from ckptd.tiers.store import CheckpointWriter, Part, Store
 from ckptd.trainer.collective import Group
@@ -77,7 +78,7 @@ class _Agreement:
         self.name = proposals[0].name
         self.job = proposals[0].job
         self.digests = [proposal.digests for proposal in proposals]
-        self.catalogs = plan_save([proposal.pieces for proposal in proposals])
+        self.catalogs = _planned([proposal.pieces for proposal in proposals])
         self.shared, own = share_objects(self.digests)
         self.own = set(own)
         held = {piece.key for proposal in proposals for piece in proposal.pieces}
@@ -87,6 +88,18 @@ class _Agreement:
             for second, first in proposal.aliases.items()
             if second not in held
         }
+
+
+_last_plan: tuple[str, list[Catalog]] | None = None
+
+
+def _planned(pieces: Sequence[Sequence[Piece]]) -> list[Catalog]:
+    """The save plan; a job that saves one layout again and again plans once."""
+    global _last_plan
+    key = plan_key(pieces)
+    if _last_plan is None or _last_plan[0] != key:
+        _last_plan = key, plan_save(pieces)
+    return _last_plan[1]
 
 
 def save_state(
@@ -110,12 +123,13 @@ class _Save:
         self._overwrite = overwrite
         self._sources: list[Source] = []
         self._objects: dict[str, bytes] = {}
-        self._store: Store | None = None  # rank 0's, like the writer, which removes what anybody wrote if a save fails
-        self._writer: CheckpointWriter | None = None
+        self._store: Store | None = None
+        self._writer: CheckpointWriter | None = None  # rank 0's, which removes what anybody wrote if a save fails
+        self._token: str | None = None  # rank 0's, while it lies in the store
 
     def run(self) -> SnapshotId:
-        proposals = self._group.together(self._propose)
         try:
+            proposals = self._group.together(self._propose)
             agreed = _Agreement([msgspec.msgpack.decode(data, type=_Proposal) for data in proposals])
             reader = SourceReader(self._sources)
             mine = agreed.catalogs[self._group.rank]
@@ -130,6 +144,8 @@ class _Save:
         except BaseException:
             self._abort()
             raise
+        finally:
+            self._remove_token()
         return agreed.name
 
     def _propose(self) -> bytes:
@@ -147,15 +163,44 @@ class _Save:
         )
         if self._group.rank == 0:
             self._store = Store.open(self._path, create=True)
-            self._store.probe()
             proposal.name = self._store.new_name(self._step, replace=self._overwrite)
             proposal.job = self._store.uri
+            self._leave_token(self._store, proposal.name.epoch.nonce)
         return msgspec.msgpack.encode(proposal)
+
+    def _leave_token(self, store: Store, nonce: str) -> None:
+        """Leaves a token that the other ranks must find; proves that the store can be written and read."""
+        self._token = nonce
+        store.leave_token(nonce)
+        if not store.has_token(nonce):
+            raise StoreError(f"{store.uri}: a file that was just written cannot be read back")
+
+    def _remove_token(self) -> None:
+        """It has no use any more; what cannot be removed does no harm."""
+        if self._store is not None and self._token is not None:
+            with contextlib.suppress(CkptdError, OSError):
+                self._store.remove_token(self._token)
+            self._token = None
+
+    def _find(self, agreed: _Agreement) -> Store:
+        """The store, if this rank's path leads to the one in which rank 0 left its token."""
+        try:
+            store = Store.open(self._path)
+            if store.has_token(agreed.name.epoch.nonce):
+                return store
+        except NotFoundError:
+            pass
+        raise ConfigError(
+            f"{self._path} on node {node_name()} is not the store that rank 0 opened ({agreed.job}); give a path that "
+            "leads every rank to one shared store"
+        )
 
     def _check(
         self, agreed: _Agreement, reader: SourceReader, mine: Catalog, checksums: npt.NDArray[np.uint32]
     ) -> bytes:
         """Fills in the checksums of this rank's chunks; what the others must know of them."""
+        if self._store is None:
+            self._store = self._find(agreed)
         checksums[:] = reader.checksums(mine)
         elsewhere = {
             path: self._objects[path]
@@ -163,7 +208,7 @@ class _Save:
             if path not in agreed.digests[0] and _first_holder(agreed.digests, path) == self._group.rank
         }
         own = checksums[mine.rank != ALL_RANKS].astype(_CRC)
-        if self._store is not None:
+        if self._group.rank == 0:
             self._writer = self._store.writer(agreed.name, agreed.job)
         return msgspec.msgpack.encode(_Checked(own.tobytes(), elsewhere))
 
@@ -181,14 +226,9 @@ class _Save:
             key = catalog.tensors[catalog.tensor[row]].key
             reader.read(agreed.aliases.get(key, key), catalog.box(row), into)
 
-        try:
-            writer = self._writer or Store.open(self._path).writer(agreed.name, agreed.job, joined=True)
-            return msgspec.msgpack.encode(writer.part(rank).write(catalog, read, threads=default_threads()))
-        except NotFoundError as error:
-            raise ConfigError(
-                f"{self._path} on node {node_name()} is not the store that rank 0 opened ({agreed.job}); give a path "
-                f"that leads every rank to one shared file system: {error}"
-            ) from error
+        assert self._store is not None, "opened before checksums"
+        writer = self._writer or self._store.writer(agreed.name, agreed.job, joined=True)
+        return msgspec.msgpack.encode(writer.part(rank).write(catalog, read, threads=default_threads()))
 
     def _commit(self, agreed: _Agreement, parts: list[Part], objects: Mapping[str, bytes]) -> bytes:
         if self._store is not None and self._writer is not None:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ckptd
 from ckptd.tiers.store import PartWriter
+from ckptd.trainer import saving
 from tests.api.models import Model, application, content, optimisation, same, train
 from tests.api.world import World, succeeded
 
@@ -90,6 +91,8 @@ def save_damaged(store: Path, how: str) -> None:
         ckptd.save({**state, "w": torch.ones(5)}, store, step=1)
     elif how == "path" and other:
         ckptd.save(state, store / "elsewhere", step=1)
+    elif how == "bucket":
+        ckptd.save(state, f"file+object://{store}" + "/elsewhere" * other, step=1)
     elif how == "state" and other:
         ckptd.save({**state, "w": object()}, store, step=1)
     else:
@@ -194,6 +197,7 @@ def test_uneven_shards_there_and_back(two_ranks: World, tmp_path: Path) -> None:
         ("shape", ckptd.ConfigError, r"w: replicated float32 \[4\] on rank 0, replicated float32 \[5\] on rank 1"),
         ("state", ckptd.ConfigError, "w"),
         ("path", ckptd.ConfigError, "elsewhere on node .* is not the store that rank 0 opened"),
+        ("bucket", ckptd.ConfigError, "elsewhere on node .* is not the store that rank 0 opened"),
         ("step", ckptd.ConfigError, "rank 1 for step=2"),
     ],
 )
@@ -205,9 +209,35 @@ def test_one_rank_fails_and_so_do_all(
     for answer in answers:
         with pytest.raises(error, match=says):
             raise answer
-    assert not list(tmp_path.glob("step-*")), "nothing committed, nothing left"
+    assert not list(tmp_path.glob("**/*")), "nothing committed, nothing left"
     succeeded(two_ranks.run(save_damaged, tmp_path, "not at all"))
     assert succeeded(two_ranks.run(load_own, tmp_path)) == [[0, 1, 2, 3], [10, 11, 12, 13]]
+
+
+def save_twice(store: Path) -> int:
+    """Saves one layout twice, with other values; how often that was planned."""
+    planned = 0
+    original = saving.plan_save
+
+    def counted(pieces: Any) -> Any:
+        nonlocal planned
+        planned += 1
+        return original(pieces)
+
+    saving.plan_save = counted
+    try:
+        for step in (1, 2):
+            ckptd.save({"w": torch.full((4, 3), float(step)), "own": Loader()}, store, step=step)
+    finally:
+        saving.plan_save = original
+    return planned
+
+
+def test_a_layout_that_is_saved_again_is_not_planned_again(two_ranks: World, tmp_path: Path) -> None:
+    assert succeeded(two_ranks.run(save_twice, tmp_path)) == [1, 1]
+    for step in (1, 2):
+        (path,) = tmp_path.glob(f"step-0000000{step}.*")
+        assert bool((ckptd.open(path).read("w") == step).all())
 
 
 def test_a_mismatch_of_one_rank_is_everybodys(two_ranks: World, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptd.core.catalog import Catalog
-from ckptd.format.layout import LARGE_ALIGNMENT, LARGE_BYTES
+from ckptd.format.layout import LARGE_BYTES, SMALL_ALIGNMENT
 
 Ints = npt.NDArray[np.int64]
 
@@ -36,13 +36,13 @@ def run_starts(catalog: Catalog, order: Ints, kind: Ints | None = None) -> Ints:
     begins = large.copy()
     begins[:1] = True
     gap = offset[1:] - (offset[:-1] + stored[:-1])
-    begins[1:] |= (writer[1:] != writer[:-1]) | (file[1:] != file[:-1]) | (gap >= LARGE_ALIGNMENT) | large[:-1]
+    begins[1:] |= (writer[1:] != writer[:-1]) | (file[1:] != file[:-1]) | (gap >= SMALL_ALIGNMENT) | large[:-1]
     if kind is not None:
         begins[1:] |= kind[1:] != kind[:-1]
     # A stretch is cut where its bytes pass multiples of a size that leaves room for the chunk that passes it.
-    ends = np.cumsum(np.maximum(raw, stored) + LARGE_ALIGNMENT)
+    ends = np.cumsum(np.maximum(raw, stored) + SMALL_ALIGNMENT)
     first = np.flatnonzero(begins)
     before = np.repeat(np.append(0, ends[first[1:] - 1]), np.diff(np.append(first, len(order))))
-    piece = (ends - before) // (RUN_BYTES - LARGE_BYTES - LARGE_ALIGNMENT)
+    piece = (ends - before) // (RUN_BYTES - LARGE_BYTES - SMALL_ALIGNMENT)
     begins[1:] |= (piece[1:] != piece[:-1]) & ~large[1:]
     return np.flatnonzero(begins)
