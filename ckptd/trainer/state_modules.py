@@ -167,11 +167,12 @@ class Modules:
             tables += [module._buffers, module._modules]
             if id(module) not in managed:
                 tables.append(module._parameters)
+        flat = {id(entry.tensor): entry for entry in self.entries if entry.flat is not None}
         return ModulesWatch(
             [(table, list(table.values())) for table in tables if table],
             [table for table in tables if not table],
             self._fsdp,
-            [(entry.flat, entry.local.data_ptr()) for entry in self.entries if entry.flat is not None],
+            [(entry.flat, entry.local.data_ptr()) for entry in flat.values() if entry.flat is not None],
             [entry.tensor for entry in self.entries if entry.parameter],
             [entry.tensor.requires_grad for entry in self.entries if entry.parameter],
         )

@@ -184,10 +184,7 @@ def _boxes(
         dimension = placement.dim
         held = runs[dimension]
         length = sum(size for _, size in held)
-        if interleaved:
-            chosen = _strided(length, count, rank, placement.split_factor)
-        else:
-            chosen = [_chunk(length, count, rank)]
+        chosen = _strided(length, count, rank, placement.split_factor) if interleaved else [_chunk(length, count, rank)]
         runs[dimension] = _select(held, chosen) or [(shape[dimension], 0)]
     located = [list(zip(held, _locate(held), strict=True)) for held in runs]
     return tuple(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -250,8 +250,9 @@ def dtensors_in_state_dicts() -> None:
     assert fresh.value.to_local().shape == ((3, 2), (2, 2))[dist.get_rank()]
 
 
-def flat_sharded(use_orig_params: bool, strategy: ShardingStrategy) -> None:
-    """FSDP1: the parts of a flat parameter are stored under the names of the unwrapped module, the optimizer's too."""
+def flat_sharded(use_orig_params: bool, strategy: ShardingStrategy, mixed: bool = False) -> None:
+    """FSDP1: the parts of a flat parameter are stored under the names of the unwrapped module, the optimizer's too.
+    With mixed precision it is what the optimizer steps that is stored, not what forwards compute with."""
 
     def build() -> dict[str, Any]:
         net: Any = Net()
@@ -260,6 +261,8 @@ def flat_sharded(use_orig_params: bool, strategy: ShardingStrategy) -> None:
         net.forward = lambda data: net.one(net.odd(net.wide(data)[:, :, None, None].expand(-1, -1, 3, 2))[..., 0, 0])
         options: Any = {"use_orig_params": use_orig_params, "sharding_strategy": strategy}
         options["device_id"] = torch.device("cpu")
+        if mixed:
+            options["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         net.odd = FullyShardedDataParallel(net.odd, **options)
         model = FullyShardedDataParallel(net, **options)
         return {"model": model, "optimizer": Adam(model.parameters(), lr=1e-2)}
@@ -284,6 +287,7 @@ def flat_sharded(use_orig_params: bool, strategy: ShardingStrategy) -> None:
     assert {key for key in whole.infos if key.startswith("model/")} == {f"model/{name}" for name in names}
     assert whole.infos["optimizer/state/odd.weight/exp_avg"].shape == (5, 8, 3, 2)
     assert whole.infos["optimizer/state/odd.weight/step"].shape == ()
+    assert whole.infos["model/odd.weight"].dtype == "float32"
     with FullyShardedDataParallel.summon_full_params(model, writeback=False):
         for name, parameter in model.named_parameters():
             found = whole.full(f"model/{name.replace('_fsdp_wrapped_module.', '')}")
@@ -326,6 +330,8 @@ CASES: list[Callable[[], None]] = [
     functools.partial(flat_sharded, True, ShardingStrategy.FULL_SHARD),
     functools.partial(flat_sharded, False, ShardingStrategy.FULL_SHARD),
     functools.partial(flat_sharded, False, ShardingStrategy.NO_SHARD),
+    functools.partial(flat_sharded, True, ShardingStrategy.FULL_SHARD, mixed=True),
+    functools.partial(flat_sharded, False, ShardingStrategy.SHARD_GRAD_OP, mixed=True),
     flat_after_an_evaluation,
 ]
 
