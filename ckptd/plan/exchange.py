@@ -1,9 +1,10 @@
 """The exchange plan: which rank reads each chunk that a load needs, and to whom it passes it on.
 
 Owns the rule by which every byte is read once per job. Invariants: each wanted row has one reader, and that is a rank
-that wants it itself; bytes are balanced over nodes first, then over the ranks of each; the same question gets the same
-plan on every rank (what is computed in floating point is so in one order, with operations that IEEE 754 defines).
-Knows nothing of boxes, files or messages.
+that wants it itself; bytes are level over the ranks, and so over nodes by their ranks, as far as who wants what allows;
+where that leaves a choice, a rank reads on whose node the row is wanted most; the same question gets the same plan on
+every rank (what is computed in floating point is so in one order, with operations that IEEE 754 defines). Knows nothing
+of boxes, files or messages.
 
 How: rows wanted by one rank have no choice. The others are grouped by who wants them; each group's bytes are shared out
 in proportion to weights of the ranks, which are scaled until the loads are level; then each group is cut into runs of
@@ -85,36 +86,30 @@ def plan_exchange(raw: Ints, wanted: Sequence[Ints], nodes: Sequence[int] | Ints
     `raw`: bytes of every row of the catalog. `nodes`: a number for the node of each rank; None: all are on one node.
     Raises ValueError where a list is not ascending or names rows that there are not.
     """
-    ranks = len(wanted)
     lists = tuple(np.asarray(rows, np.int64) for rows in wanted)
     for rank, rows in enumerate(lists):
         if len(rows) and (rows[0] < 0 or rows[-1] >= len(raw) or (np.diff(rows) <= 0).any()):
             raise ValueError(f"rank {rank} wants rows that are not ascending numbers from 0 to {len(raw) - 1}")
+    node = np.zeros(len(lists), np.int64) if nodes is None else np.asarray(nodes, np.int64)
+    if len(node) != len(lists):
+        raise ValueError(f"nodes of {len(node)} ranks for {len(lists)} ranks")
     reader = np.full(len(raw), -1, np.int64)
     choices = _Choices.of(lists)
-    if not len(choices.row):
-        return Exchange(reader, lists)
-    weight = np.asarray(raw, np.int64)[choices.row]
-    if nodes is not None:
-        _, node = np.unique(np.asarray(nodes, np.int64), return_inverse=True)
-        if len(node) != ranks:
-            raise ValueError(f"nodes of {len(node)} ranks for {ranks} ranks")
-        choices = choices.within(_chosen(choices.of_bins(node), weight, np.bincount(node)), node)
-    reader[choices.row] = _chosen(choices, weight, np.ones(ranks, np.int64))
+    if len(choices.row):
+        reader[choices.row] = _chosen(choices, np.asarray(raw, np.int64)[choices.row], node)
     return Exchange(reader, lists)
 
 
 class _Choices(NamedTuple):
-    """Of every wanted row (`row`, ascending) the bins it may go to: `bin[first[i]]` to `bin[first[i + 1]]`, ascending.
-    A bin is a rank, or a node."""
+    """Of every wanted row (`row`, ascending) the ranks that want it: `rank[first[i]]` to `rank[first[i + 1]]`,
+    ascending."""
 
     row: Ints
     first: Ints
-    bin: Ints
+    rank: Ints
 
     @classmethod
     def of(cls, lists: Sequence[Ints]) -> _Choices:
-        """The ranks that want each row."""
         row = np.concatenate([np.zeros(0, np.int64), *lists])
         rank = np.repeat(np.arange(len(lists)), [len(rows) for rows in lists])
         if (np.diff(row) < 0).any():
@@ -123,38 +118,17 @@ class _Choices(NamedTuple):
         begin = np.flatnonzero(np.diff(row, prepend=-1))
         return cls(row[begin], np.append(begin, len(row)), rank)
 
-    def owner(self) -> Ints:
-        """Of each choice the position of its row."""
-        return np.repeat(np.arange(len(self.row)), np.diff(self.first))
 
-    def of_bins(self, outer: Ints) -> _Choices:
-        """The same rows with the choice between outer bins: `outer[b]` holds bin b."""
-        bins = int(outer.max()) + 1
-        keys = self.owner() * bins + outer[self.bin]
-        keys.sort()
-        keys = keys[_first_of_each(keys)]
-        return _Choices(self.row, np.searchsorted(keys, np.arange(len(self.row) + 1) * bins), keys % bins)
-
-    def within(self, chosen: Ints, outer: Ints) -> _Choices:
-        """What is left of the choices when each row is to be in the outer bin `chosen`."""
-        owner = self.owner()
-        kept = outer[self.bin] == chosen[owner]
-        return _Choices(self.row, np.searchsorted(owner[kept], np.arange(len(self.row) + 1)), self.bin[kept])
-
-
-def _chosen(choices: _Choices, weight: Ints, capacity: Ints) -> Ints:
-    """One of its bins for every row, such that the bins' weights are level in proportion to `capacity`."""
-    chosen = choices.bin[choices.first[:-1]]
-    free = np.flatnonzero(np.diff(choices.first) > 1)
-    if not len(free):
-        return chosen
-    fixed = np.ones(len(chosen), bool)
-    fixed[free] = False
-    load = _sums(chosen[fixed], weight[fixed], len(capacity))
-    some = _Free.of(choices, free, weight)
-    shares = some.level_shares(load, capacity)
-    picked = some.rounded(shares)
-    chosen[free] = _improved(some, picked, load, capacity)
+def _chosen(choices: _Choices, weight: Ints, node: Ints) -> Ints:
+    """The reader of every row."""
+    chosen = choices.rank[choices.first[:-1]]
+    choice = np.diff(choices.first) > 1
+    load = _sums(chosen[~choice], weight[~choice], len(node))
+    free = np.flatnonzero(choice)
+    if len(free):
+        some = _Free.of(choices, free, weight)
+        picked = some.rounded(some.level_shares(load, node))
+        chosen[free] = _improved(some, picked, load)
     return chosen
 
 
@@ -167,43 +141,49 @@ def _sums(index: Ints, values: Ints, length: int) -> Ints:
 
 class _Free(NamedTuple):
     """The rows that have a choice, and the groups of them that have the same: those of group g choose between
-    `bin[group_first[g]]` to `bin[group_first[g + 1]]`."""
+    `rank[group_first[g]]` to `rank[group_first[g + 1]]`."""
 
     weight: Ints
     group: Ints
     group_first: Ints
-    bin: Ints
+    rank: Ints
 
     @classmethod
     def of(cls, choices: _Choices, free: Ints, weight: Ints) -> _Free:
         counts = choices.first[free + 1] - choices.first[free]
         begin = np.cumsum(counts) - counts
-        bins = choices.bin[np.arange(int(counts.sum())) + np.repeat(choices.first[free] - begin, counts)]
-        _, leader, group = np.unique(_signature(bins, begin, counts), return_index=True, return_inverse=True)
+        ranks = choices.rank[np.arange(int(counts.sum())) + np.repeat(choices.first[free] - begin, counts)]
+        _, leader, group = np.unique(_signature(ranks, begin, counts), return_index=True, return_inverse=True)
         sizes = counts[leader]
         group_first = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
         source = np.arange(int(group_first[-1])) + np.repeat(begin[leader] - group_first[:-1], sizes)
-        return cls(weight[free], group, group_first, bins[source])
+        return cls(weight[free], group, group_first, ranks[source])
 
-    def level_shares(self, load: Ints, capacity: Ints) -> Floats:
-        """Of each group and bin the part of the group's weight that levels the bins' loads, as far as that goes."""
-        groups = np.repeat(np.arange(len(self.group_first) - 1), np.diff(self.group_first))
-        total = _sums(self.group, self.weight, len(self.group_first) - 1).astype(np.float64)
-        goal = _goals(load, capacity, np.unique(self.bin), float(total.sum()))
-        factor = capacity.astype(np.float64)
+    def level_shares(self, load: Ints, node: Ints) -> Floats:
+        """Of each group and rank the part of the group's weight that levels the ranks' loads, as far as that goes."""
+        count = len(self.group_first) - 1
+        groups = np.repeat(np.arange(count), np.diff(self.group_first))
+        total = _sums(self.group, self.weight, count).astype(np.float64)[groups]
+        goal = _goals(load, np.unique(self.rank), float(self.weight.sum()))
+        # Before loads are looked at: the more of the group are on the node the better.
+        _, place, others = np.unique(
+            groups * (node.max() + 1) + node[self.rank], return_inverse=True, return_counts=True
+        )
+        bias = (others[place] ** 3).astype(np.float64)
+        factor = np.ones(len(load))
         for _ in range(_SCALINGS):
-            part = factor[self.bin]
+            part = factor[self.rank] * bias
             part /= np.bincount(groups, part)[groups]
-            added = np.bincount(self.bin, part * total[groups], len(load))
+            added = np.bincount(self.rank, part * total, len(load))
             there = added > 0
             if (added[there] <= goal[there] * _LEVEL_ENOUGH).all():
                 break
             factor[there] *= np.clip(goal[there] / added[there], 2**-10, 2**10)
             factor = np.clip(factor / factor.max(), 2.0**-100, 1.0)
-        return part * total[groups]
+        return part * total
 
     def rounded(self, shares: Floats) -> Ints:
-        """A choice (index into `bin`) for every row: runs of each group's rows that weigh about what the shares say."""
+        """A choice (index into `rank`) for every row: runs of each group's rows of about the weight of the shares."""
         order = np.argsort(self.group, kind="stable")
         middle = (np.cumsum(self.weight[order]) - self.weight[order] / 2).astype(np.float64)
         place = np.searchsorted(np.cumsum(shares), middle)
@@ -213,53 +193,47 @@ class _Free(NamedTuple):
         return picked
 
 
-def _signature(bins: Ints, begin: Ints, counts: Ints) -> npt.NDArray[np.uint64]:
+def _signature(ranks: Ints, begin: Ints, counts: Ints) -> npt.NDArray[np.uint64]:
     """A number for each row that is the same for the same choice: a hash, as only balance depends on it."""
-    mixed = (bins.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (ranks.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed ^= mixed >> np.uint64(29)
     mixed *= np.uint64(0xBF58476D1CE4E5B9)
     mixed ^= mixed >> np.uint64(32)
     return np.asarray(np.add.reduceat(mixed, begin) * np.uint64(2**16 + 1) + counts.astype(np.uint64))
 
 
-def _goals(load: Ints, capacity: Ints, bins: Ints, total: float) -> Floats:
-    """What is to be added to each of `bins` so that they are level: those that are fuller already get nothing."""
-    height = load[bins] / capacity[bins]
+def _goals(load: Ints, ranks: Ints, total: float) -> Floats:
+    """What is to be added to each of `ranks` so that they are level: those above that level already get nothing."""
+    height = load[ranks].astype(np.float64)
     order = np.argsort(height, kind="stable")
-    room = np.cumsum(capacity[bins][order].astype(np.float64))
-    held = np.cumsum(load[bins][order].astype(np.float64))
-    levels = (total + held) / room
-    following = np.append(height[order][1:], np.inf)
-    level = levels[np.argmax(levels <= following)]
+    levels = (total + np.cumsum(height[order])) / np.arange(1, len(ranks) + 1)
+    level = levels[np.argmax(levels <= np.append(height[order][1:], np.inf))]
     goal = np.zeros(len(load))
-    goal[bins] = np.maximum(level * capacity[bins] - load[bins], 0.0)
+    goal[ranks] = np.maximum(level - height, 0.0)
     return goal
 
 
-def _improved(free: _Free, picked: Ints, load: Ints, capacity: Ints) -> Ints:
-    """The chosen bin of each row, after rows were moved from fuller to emptier bins as long as that helps."""
-    chosen = free.bin[picked]
+def _improved(free: _Free, picked: Ints, load: Ints) -> Ints:
+    """The reader of each row, after rows were moved from fuller to emptier ranks as long as that helps."""
+    chosen = free.rank[picked]
     load = load + _sums(chosen, free.weight, len(load))
-    best = float(load.sum()) / float(capacity.sum())
+    level = float(load.sum()) / len(load)
     for _ in range(_MOVES):
-        height = load / capacity
-        full = height > best * _LEVEL_ENOUGH
-        moving = np.flatnonzero(full[chosen])
+        moving = np.flatnonzero(load[chosen] > level * _LEVEL_ENOUGH)
         if not len(moving):
             break
-        # The emptiest bin of each group, the lowest of equals.
-        order = np.argsort(height, kind="stable")
+        # The emptiest rank of each group, the lowest of equals.
+        order = np.argsort(load, kind="stable")
         position = np.empty(len(order), np.int64)
         position[order] = np.arange(len(order))
-        emptiest = order[np.minimum.reduceat(position[free.bin], free.group_first[:-1])]
-        target, source = emptiest[free.group[moving]], chosen[moving]
-        weight = free.weight[moving]
-        after = np.maximum((load[target] + weight) / capacity[target], (load[source] - weight) / capacity[source])
-        gain = height[source] - after
-        useful = np.flatnonzero((gain > 0) & (weight > 0))
+        emptiest = order[np.minimum.reduceat(position[free.rank], free.group_first[:-1])]
+        target, source, weight = emptiest[free.group[moving]], chosen[moving], free.weight[moving]
+        gain = np.minimum(load[source] - load[target] - weight, weight)
+        useful = np.flatnonzero(gain > 0)
+        # One row a source, the one that helps it most; one row a target, from the fullest source; and no chains.
         useful = useful[np.lexsort((useful, -gain[useful], source[useful]))]
         useful = useful[_first_of_each(source[useful])]
-        useful = useful[np.lexsort((useful, -height[source[useful]], target[useful]))]
+        useful = useful[np.lexsort((useful, -load[source[useful]], target[useful]))]
         useful = useful[_first_of_each(target[useful])]
         useful = useful[~np.isin(target[useful], source[useful])]
         if not len(useful):
