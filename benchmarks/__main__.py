@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.contender import CONTENDERS
 from benchmarks.launch import Outcome, TrialError, run_trial
-from benchmarks.report import markdown, row
+from benchmarks.report import Row, markdown, row
 from benchmarks.worker import Trial
 from ckptd.core.config import parse_size
 
@@ -66,12 +66,21 @@ def _read(path: str) -> str:
         return ""
 
 
-def run_all(
-    options: argparse.Namespace, names: Sequence[str], scratch: Path, console: Console
-) -> tuple[dict[str, list[Outcome]], dict[str, str]]:
-    """Every round of every contender: (outcomes by name, errors by name)."""
-    outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
-    failures: dict[str, str] = {}
+@dataclasses.dataclass
+class Results:
+    """What has been measured: outcomes and errors by name of the contender."""
+
+    outcomes: dict[str, list[Outcome]]
+    failures: dict[str, str]
+
+    def rows(self) -> list[Row]:
+        """A line of the table for each contender that ran."""
+        return [row(name, found) for name, found in self.outcomes.items() if found]
+
+
+def run_all(options: argparse.Namespace, names: Sequence[str], scratch: Path, console: Console) -> Results:
+    """Every round of every contender; the tables are written after each round."""
+    results = Results({name: [] for name in names}, {})
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("", total=options.rounds * len(names))
@@ -87,12 +96,25 @@ def run_all(
                     calm_steps=options.calm_steps,
                 )
                 try:
-                    outcomes[name].append(run_trial(trial, options.ranks, options.timeout_s))
+                    results.outcomes[name].append(run_trial(trial, options.ranks, options.timeout_s))
                 except TrialError as error:
-                    failures[name] = str(error)
+                    results.failures[name] = str(error)
                     console.print(f"{name}, round {number}: {error}", style="red", markup=False, soft_wrap=True)
                 progress.advance(bar)
-    return outcomes, failures
+            write(options, results)
+    return results
+
+
+def write(options: argparse.Namespace, results: Results) -> str:
+    """Writes the tables of what has been measured so far; the Markdown."""
+    rows = results.rows()
+    machine = describe(options)
+    size = max((one.state_bytes for one in rows), default=0)
+    text = markdown(f"Saving {size / 1e9:.2f} GB of training state", machine, rows)
+    (options.output / "save.md").write_text(text)
+    record = {"machine": machine, "rows": [dataclasses.asdict(one) for one in rows], "failures": results.failures}
+    (options.output / "save.json").write_text(json.dumps(record, indent=1) + "\n")
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,19 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="scratch-", dir=options.output))  # the disk that is measured
     try:
-        outcomes, failures = run_all(options, options.only or list(CONTENDERS), scratch, Console())
+        results = run_all(options, options.only or list(CONTENDERS), scratch, Console())
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    rows = [row(name, found) for name, found in outcomes.items() if found]
-    if not rows:
-        return 1
-    machine = describe(options)
-    text = markdown(f"Saving {rows[0].state_bytes / 1e9:.2f} GB of training state", machine, rows)
-    (options.output / "save.md").write_text(text)
-    record = {"machine": machine, "rows": [dataclasses.asdict(one) for one in rows], "failures": failures}
-    (options.output / "save.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(text)
-    return 0 if not failures and all(one.loaded for one in rows) else 1
+    rows = results.rows()
+    print(write(options, results))
+    return 0 if rows and not results.failures and all(one.loaded for one in rows) else 1
 
 
 if __name__ == "__main__":

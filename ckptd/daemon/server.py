@@ -37,7 +37,7 @@ from ckptd.observe.logging import to_stderr
 from ckptd.protocol import messages as m
 from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, StartFlush, WriteRecord
 from ckptd.protocol.node import NodeMachine
-from ckptd.protocol.slots import SlotTable
+from ckptd.protocol.slots import SlotTable, memory_bytes
 from ckptd.protocol.state import NodeState, recover
 from ckptd.tiers.arena import Ledger, Slot, SnapshotReader
 from ckptd.tiers.memory import Headroom, headroom
@@ -133,8 +133,10 @@ class Daemon:
         ledger = kept.pop("ledger", None)
         self._ledger = Ledger(ledger) if ledger is not None else Ledger.create()
         self._slots: dict[int, Slot] = {}
-        for name, descriptor in kept.items():
-            self._take_over(name, descriptor)
+        for name in [name for name in kept if name.startswith("slot/")]:
+            number = int(name.removeprefix("slot/"))
+            self._take_over(number, kept.pop(name), kept.pop(f"frozen/{number}", None))
+        _close_all(list(kept.values()))
         self._machine = NodeMachine(self._recover(), time.monotonic())
         self._peers: dict[int, Peer] = {}
         self._numbered = 0
@@ -147,14 +149,14 @@ class Daemon:
         if ledger is None:
             self._keeper.keep("ledger", self._ledger.descriptor)
 
-    def _take_over(self, name: str, descriptor: int) -> None:
+    def _take_over(self, number: int, descriptor: int, region: int | None) -> None:
         """A slot of the daemon before us. One that does not describe itself any more is lost."""
         try:
-            self._slots[int(name.removeprefix("slot/"))] = Slot.open(descriptor)
+            self._slots[number] = Slot.open(descriptor, region)
         except FormatError as error:
-            log.error("%s is lost: %s", name, error)
-            os.close(descriptor)
-            self._keeper.drop(name)
+            log.error("slot %d is lost: %s", number, error)
+            _close_all([descriptor] if region is None else [descriptor, region])
+            self._drop(number)
 
     def _recover(self) -> NodeState:
         """The state of the daemon before us, as far as its slots came over; else a new one."""
@@ -174,12 +176,15 @@ class Daemon:
     def _drop(self, number: int) -> None:
         """Lets go of a slot."""
         self._keeper.drop(f"slot/{number}")
+        self._keeper.drop(f"frozen/{number}")
         if (slot := self._slots.pop(number, None)) is not None:
             slot.close()
 
     def _kept(self) -> dict[str, int]:
-        slots = {f"slot/{number}": slot.descriptor for number, slot in self._slots.items()}
-        return {"ledger": self._ledger.descriptor, **slots}
+        found = {"ledger": self._ledger.descriptor}
+        for number, slot in self._slots.items():
+            found |= zip(_kept_names(number), slot.descriptors, strict=False)
+        return found
 
     # --- the loop
 
@@ -273,7 +278,7 @@ class Daemon:
             case m.Layout():
                 available, limit = self._available()
             case m.Ready() if rank is not None:
-                taken = not descriptors or self._take_slot(message.slot, descriptors.pop())
+                taken = not descriptors or self._take_slot(message.slot, descriptors)
                 known = taken and message.slot in self._slots
             case m.Captured() if rank is not None and not self._holds(message):
                 log.error("pid %d: step %d is not in slot %d", peer.pid, message.step, message.slot)
@@ -322,8 +327,8 @@ class Daemon:
             message = msgspec.structs.replace(message, pid=os.getpid())
         if isinstance(message, m.Report):
             message = m.Report({**message.report, **self._report()})
-        held = [os.dup(self._slots[n].descriptor) for n in action.slots if n in self._slots]
-        held += [self._readable_slot(n) for n in action.readable if n in self._slots]
+        held = [os.dup(held) for n in action.slots if n in self._slots for held in self._slots[n].descriptors]
+        held += [held for n in action.readable if n in self._slots for held in self._readable_slot(n)]
         held += [_read_only(self._pieces[n]) for n in action.pieces if n in self._pieces]
         peer.backlog.append((message, held))
         self._drain(peer)
@@ -352,6 +357,8 @@ class Daemon:
             loop.call_soon(self._close_and_act, peer)
 
     def _close_and_act(self, peer: Peer) -> None:
+        """Nothing can be said to it any more; what it has said counts, above all its Leave."""
+        self._hear_out(peer)
         self._close(peer)
         self._carry_out()
 
@@ -373,16 +380,17 @@ class Daemon:
             self._machine.dead(instance, time.monotonic())
 
     def _ended(self, instance: str) -> None:
-        self._hear_out(instance)
-        self._machine.dead(instance, time.monotonic())
-        self._carry_out()
-
-    def _hear_out(self, instance: str) -> None:
         """What a process said before its end counts: its last Captured may lie unread behind the news of its death."""
         pid = self._machine.state.processes.get(instance, (0, 0))[0]
         for peer in [peer for peer in self._peers.values() if peer.pid == pid]:
-            while peer.number in self._peers and readable([peer.connection], 0):
-                self._readable(peer)
+            self._hear_out(peer)
+        self._machine.dead(instance, time.monotonic())
+        self._carry_out()
+
+    def _hear_out(self, peer: Peer) -> None:
+        """Reads what lies unread on a connection."""
+        while peer.number in self._peers and readable([peer.connection], 0):
+            self._readable(peer)
 
     # --- memory
 
@@ -396,25 +404,24 @@ class Daemon:
         if old is not None:
             os.close(old)
 
-    def _take_slot(self, number: int, descriptor: int) -> bool:
-        """Keeps a slot that a trainer made as it was told to; refuses any other."""
+    def _take_slot(self, number: int, descriptors: list[int]) -> bool:
+        """Keeps a slot that a trainer made as it was told to, and then its `descriptors`; refuses any other."""
         expected = self._machine.state.table.get(number)
         try:
-            slot = Slot.open(descriptor)
-            if number in self._slots and os.path.sameopenfile(descriptor, self._slots[number].descriptor):
-                os.close(descriptor)
+            slot = Slot.open(*descriptors[:2])
+            if number in self._slots and os.path.sameopenfile(slot.descriptor, self._slots[number].descriptor):
                 return True
             if expected is None or number in self._slots:
                 raise FormatError(f"slot {number} is not expected")
-            found = (slot.geometry.rank, slot.geometry.digest, slot.geometry.size)
-            if found != (expected.rank, expected.digest, expected.size):
+            found = (slot.geometry.rank, slot.geometry.digest, slot.geometry.size, slot.frozen_bytes)
+            if found != (expected.rank, expected.digest, expected.size, expected.frozen_bytes):
                 raise FormatError(f"slot {number}: is {found}, should be another")
         except FormatError as error:
             log.warning("%s", error)
-            os.close(descriptor)
             return False
         self._slots[number] = slot
-        self._keeper.keep(f"slot/{number}", descriptor)
+        for name in _kept_names(number)[: len(slot.descriptors)]:
+            self._keeper.keep(name, descriptors.pop(0))
         return True
 
     def _holds(self, message: m.Captured) -> bool:
@@ -436,16 +443,16 @@ class Daemon:
         """Bytes that new slots may take: the machine's and the cgroups' headroom, and what the job allowed itself."""
         room, policy = headroom(), self._machine.state.policy
         if policy is not None and policy.memory_bytes is not None:
-            left = policy.memory_bytes - sum(slot.size for slot in self._machine.state.table.slots)
+            left = policy.memory_bytes - memory_bytes(self._machine.state.table.slots)
             room = min(room, Headroom(left, f"the job's option memory={policy.memory_bytes}"))
         return Headroom(max(0, room.available), room.limit)
 
-    def _readable_slot(self, number: int) -> int:
-        """A read-only descriptor of a slot that describes itself."""
+    def _readable_slot(self, number: int) -> list[int]:
+        """Read-only descriptors of a slot that describes itself, and of its frozen region."""
         slot = self._slots[number]
         if slot.mend():
             log.error("slot %d: its geometry was damaged and is written anew", number)
-        return _read_only(slot.descriptor)
+        return [_read_only(descriptor) for descriptor in slot.descriptors]
 
     # --- the store, in threads
 
@@ -475,7 +482,7 @@ class Daemon:
 
     def _run_flush(self, action: StartFlush) -> None:
         held = [self._slots[number] for number in action.slots]
-        reader = SnapshotReader(action.snapshot, [Slot(os.dup(slot.descriptor), slot.geometry) for slot in held])
+        reader = SnapshotReader(action.snapshot, [slot.duplicate() for slot in held])
         with contextlib.closing(reader):
             self._stores.flush(reader, action)
 
@@ -566,6 +573,11 @@ def _lock(address: Address, kept: bool) -> int | None:
             return None
         except DaemonError:
             time.sleep(0.05)
+
+
+def _kept_names(number: int) -> list[str]:
+    """Of a slot's descriptors, as the keeper knows them."""
+    return [f"slot/{number}", f"frozen/{number}"]
 
 
 def _close_all(descriptors: Sequence[int]) -> None:

@@ -96,15 +96,17 @@ class Session:
         """Until the connection is lost (returns or raises) or the session has ended and all is sent."""
         while True:
             ready = readable([self._connection, self._wake], None)
+            ended = False
             if self._wake in ready:
                 os.eventfd_read(self._wake)
+                ended = self._ended  # between the two: no wake is missed, and what was said before the end is sent
                 while self._queue:
                     message, descriptors = self._queue[0]
                     send(self._connection, message, descriptors)
                     self._queue.popleft()
                     for descriptor in descriptors:
                         os.close(descriptor)
-            if self._ended:
+            if ended:
                 return
             if self._connection.fileno() in ready:
                 received = receive(self._connection, "from")

@@ -30,7 +30,11 @@ def send(connection: socket.socket, message: Message, descriptors: Sequence[int]
 
 def receive(connection: socket.socket, direction: Literal["to", "from"]) -> tuple[Any, list[int]] | None:
     """The next message and its descriptors, None at the end. Raises FormatError (the descriptors are closed)."""
-    packet, descriptors, flags, _ = socket.recv_fds(connection, MAX_PACKET, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    try:
+        packet, descriptors, flags, _ = _receive(connection)
+    except ConnectionResetError:
+        # The other end closed before it had read everything. The kernel says so once, ahead of what it had sent.
+        packet, descriptors, flags, _ = _receive(connection)
     if not packet:
         return None
     try:
@@ -41,6 +45,10 @@ def receive(connection: socket.socket, direction: Literal["to", "from"]) -> tupl
         for descriptor in descriptors:
             os.close(descriptor)
         raise
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[int], int, Any]:
+    return socket.recv_fds(connection, MAX_PACKET, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
 
 
 def readable(files: Sequence[socket.socket | int], timeout_s: float | None) -> list[int]:

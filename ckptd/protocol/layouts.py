@@ -1,4 +1,4 @@
-"""How many slots each rank gets, which it keeps and which it makes. Pure bookkeeping on the slot table.
+"""How many slots each rank gets, which it keeps and which it makes. Pure bookkeeping on the state of a node.
 
 A rank has `WITH_STORE` slots where snapshots are flushed while newer ones are captured, `LEAST` otherwise or where
 memory is short. Slots of an earlier process that fit the layout are kept, with what is in them. Those that a process of
@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from ckptd.core.types import Epoch
 from ckptd.protocol.messages import Layout
-from ckptd.protocol.slots import Slot, SlotTable
+from ckptd.protocol.slots import Slot, SlotTable, memory_bytes
+from ckptd.protocol.state import NodeState
 
 WITH_STORE, LEAST = 3, 2
 
@@ -24,7 +25,40 @@ class Allotment(NamedTuple):
     create: list[int]
 
 
-def allot(
+class Allotments(NamedTuple):
+    """What each rank gets, None where memory does not suffice; the slots that go; what is to be said of it."""
+
+    allotments: list[Allotment] | None
+    dropped: list[int]
+    complaint: str | None
+
+
+def allot(state: NodeState, layouts: Sequence[Layout], available_bytes: int, limit: str) -> Allotments:
+    """Makes `layouts`, one a rank, those of the node, of which new slots may take `available_bytes` (because of
+    `limit`) and what idle ones leave that fit nobody."""
+    assert state.epoch is not None, "ranks of an epoch have answered"
+    state.layouts = {rank: layout.digest for rank, layout in enumerate(layouts)}
+    state.uncompared = None
+    gone = state.table.retire(state.layouts)
+    mapped, left = set(state.instances.values()), state.table.slots
+    freed = [slot for slot in gone if slot.ready and slot.owner not in mapped]
+    room = available_bytes + memory_bytes([*left, *freed]) - memory_bytes(left)
+    wanted = LEAST if state.own_store is None else WITH_STORE
+    found = distribute(state.table, state.epoch, layouts, wanted, room)
+    complaint = None
+    if found is None:
+        state.layouts = {}
+        complaint = (
+            f"snapshot memory: {LEAST} slots for {state.world} ranks need "
+            f"{missing_bytes([[] for _ in layouts], layouts, LEAST)} bytes, {room} are available on this "
+            f"node beside what holds snapshots ({limit}); free memory, raise the limit, or use fewer bytes"
+        )
+    elif len(found[0].reuse) + len(found[0].create) < wanted:
+        complaint = f"memory for {LEAST} slots a rank instead of {wanted}: a flush stops snapshots"
+    return Allotments(found, [slot.slot for slot in gone], complaint)
+
+
+def distribute(
     table: SlotTable, epoch: Epoch, layouts: Sequence[Layout], wanted: int, available_bytes: int
 ) -> list[Allotment] | None:
     """One allotment a rank, all of as many slots as memory allows from `wanted` down to LEAST; None: too little."""
@@ -39,13 +73,17 @@ def allot(
 
 
 def missing_bytes(held: Sequence[Sequence[Slot]], layouts: Sequence[Layout], count: int) -> int:
-    """Bytes to allocate for `count` slots a rank."""
-    return sum(max(0, count - len(old)) * lay.slot_bytes for old, lay in zip(held, layouts, strict=True))
+    """Bytes to allocate for `count` slots a rank, and for the frozen region of ranks that have none yet."""
+    return sum(
+        max(0, count - len(old)) * lay.slot_bytes + (0 if any(slot.ready for slot in old) else lay.frozen_bytes)
+        for old, lay in zip(held, layouts, strict=True)
+    )
 
 
 def _allot(table: SlotTable, rank: int, layout: Layout, held: list[Slot], count: int) -> Allotment:
     kept = held[:count]
-    made = [table.create(rank, layout.digest, layout.slot_bytes) for _ in range(count - len(kept))]
+    missing = count - len(kept)
+    made = [table.create(rank, layout.digest, layout.slot_bytes, layout.frozen_bytes) for _ in range(missing)]
     for slot in table.slots:
         if slot.rank == rank:
             slot.surplus = slot not in kept and slot not in made

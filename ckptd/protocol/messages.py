@@ -32,6 +32,11 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 Instance = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 Digest = Annotated[str, msgspec.Meta(max_length=100)]
 SlotBytes = Annotated[int, msgspec.Meta(ge=1, le=2**45)]
+FrozenBytes = Annotated[int, msgspec.Meta(ge=0, le=2**45)]
+Checksum = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+Replicas = Annotated[dict[Checksum, Checksum], msgspec.Meta(max_length=1024)]
+"""Checksum of a list of ranks -> of all they hold in common."""
+
 
 Reason = Literal["late", "layout", "mutated", "revoked", "stall", "failed"]
 """Why a grant is missed: it came after its step; the state has another layout now; a source changed during the copy;
@@ -116,15 +121,17 @@ class Pieces(Message, frozen=True):
 
 
 class Layout(Message, frozen=True):
-    """What a slot of this rank must hold from now on. Answered, once every rank has said it, by Allot or Refuse."""
+    """What a slot of this rank must hold from now on, and what its slots share: frozen tensors. Answered, once every
+    rank has said it, by Allot or Refuse."""
 
     generation: Count
     digest: Digest
     slot_bytes: SlotBytes
+    frozen_bytes: FrozenBytes = 0
 
 
 class Ready(Message, frozen=True):
-    """A slot is allocated and populated; its descriptor travels beside unless the daemon has it already."""
+    """A slot is allocated and populated; its descriptors travel beside unless the daemon has them already."""
 
     slot: Count
 
@@ -137,12 +144,14 @@ class Boundary(Message, frozen=True):
 
 
 class Captured(Message, frozen=True):
-    """The grant for `grant` was used: `step` is in `slot`, checksums and all; it cost the loop `stall_s`."""
+    """The grant for `grant` was used: `step` is in `slot`, checksums and all; it cost the loop `stall_s`. `replicas`,
+    if the grant asks for it: checksums that every rank that holds the same must find."""
 
     grant: Count
     step: Count
     slot: Count
     stall_s: Seconds
+    replicas: Replicas = {}
 
 
 class Missed(Message, frozen=True):
@@ -213,11 +222,12 @@ class SlotInfo(msgspec.Struct, frozen=True):
     rank: int
     digest: str
     size: int
+    frozen_bytes: int = 0
 
 
 class Welcome(Message, frozen=True):
     """The rank is in. `slots` of it are ready, `pending` ones are not. `restore` lists the slots of the restore point,
-    whose read-only descriptors travel beside."""
+    whose read-only descriptors travel beside: of the slot, then of its frozen region where it has one."""
 
     pid: int
     slots: list[int]
@@ -238,7 +248,8 @@ class Plan(Message, frozen=True):
 
 
 class Allot(Message, frozen=True):
-    """Slots for the layout of `generation`: those to reuse (descriptors beside) and numbers of those to create."""
+    """Slots for the layout of `generation`: those to reuse (descriptors beside: of the slot, then of its frozen region
+    where the layout has one) and numbers of those to create."""
 
     generation: int
     reuse: list[int]
@@ -246,10 +257,12 @@ class Allot(Message, frozen=True):
 
 
 class Grant(Message, frozen=True):
-    """Capture at the first boundary from `step` on at which an optimizer has stepped, into `slot`."""
+    """Capture at the first boundary from `step` on at which an optimizer has stepped, into `slot`. `compare`: and tell
+    the checksums of what other ranks hold too."""
 
     step: int
     slot: int
+    compare: bool = False
 
 
 class Revoke(Message, frozen=True):

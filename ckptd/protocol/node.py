@@ -24,7 +24,7 @@ from ckptd.protocol import repeats
 from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, WriteRecord
 from ckptd.protocol.cadence import Cadence
 from ckptd.protocol.flushes import Flushes, Request
-from ckptd.protocol.layouts import LEAST, WITH_STORE, allot, missing_bytes
+from ckptd.protocol.layouts import allot
 from ckptd.protocol.members import Member, Members
 from ckptd.protocol.slots import Granted
 from ckptd.protocol.state import NodeState, describe
@@ -37,8 +37,11 @@ IDLE_S = 60.0
 
 JOIN_S = 5.0  # how long an epoch that is promised, or has no rank yet, is waited for at the least
 
-MAX_WORLD = 250
-"""Ranks of one node: a Plan passes one descriptor for each, and the kernel passes 253 at a time."""
+MAX_WORLD = 120
+"""Ranks of one node: a Welcome passes two descriptors for each, and the kernel passes 253 at a time."""
+
+COMPARE_EVERY = 100
+"""In one of so many snapshots the ranks compare what they have in common, and in the first of each layout."""
 
 
 class NodeMachine:
@@ -321,9 +324,7 @@ class NodeMachine:
             return
         if isinstance(message, m.Captured):
             if granted.slots.get(rank) == message.slot:
-                self.state.table.answer(granted, rank, message.step)
-                if rank == 0 and self._cadence is not None:
-                    self._cadence.observe(message.stall_s, self.members[rank].step_s)
+                self._captured(rank, granted, message)
             return
         first = rank not in granted.outcome and not granted.dead
         self.state.table.answer(granted, rank, None)
@@ -333,6 +334,14 @@ class NodeMachine:
                 self._cadence.late()
             if message.reason == "layout":
                 self._start_survey()
+
+    def _captured(self, rank: int, granted: Granted, message: m.Captured) -> None:
+        """Where what ranks have in common turns out to differ, the layout is made anew: each keeps its own."""
+        if not self.state.table.answer(granted, rank, message.step, message.replicas):
+            self._count("replicas_differ")
+            self._start_survey()
+        if rank == 0 and self._cadence is not None and not granted.compare:
+            self._cadence.observe(message.stall_s, self.members[rank].step_s)
 
     def _kill(self, granted: Granted) -> None:
         """NotSealed: tells the writers that have not answered."""
@@ -387,10 +396,17 @@ class NodeMachine:
         for sealed in list(self.state.table.seal()):
             if sealed.snapshot.epoch == self.state.epoch:
                 self._count("sealed")
+                self._note_compared(sealed.compared)
                 if self._cadence is not None:
                     self._cadence.sealed()
                 self.members.satisfied(sealed.snapshot.step)
                 self._broadcast(m.Reached(sealed.snapshot.step, Level.SEALED))
+
+    def _note_compared(self, compared: bool) -> None:
+        if compared:
+            self.state.uncompared = 0
+        elif self.state.uncompared is not None:
+            self.state.uncompared += 1
 
     def _break(self) -> None:
         """A rank that has left or is dead never answers: what it was to capture is NotSealed."""
@@ -435,32 +451,16 @@ class NodeMachine:
     def _allot(self, layouts: list[m.Layout]) -> None:
         """Slots for all; idle ones that fit nobody make room first."""
         state = self.state
+        made = allot(state, layouts, self._available_bytes, self._limit)
+        self._out += [Drop(slot) for slot in made.dropped]
         state.surveying = self._planned = False
-        state.layouts = {rank: layout.digest for rank, layout in enumerate(layouts)}
-        state.sizes = {rank: layout.slot_bytes for rank, layout in enumerate(layouts)}
-        gone = state.table.retire(state.layouts)
-        self._out += [Drop(slot.slot) for slot in gone]
-        mapped = set(state.instances.values())
-        room = self._available_bytes + sum(slot.size for slot in gone if slot.ready and slot.owner not in mapped)
-        wanted = LEAST if self.state.own_store is None else WITH_STORE
-        assert state.epoch is not None, "ranks of an epoch have answered"
-        allotted = allot(state.table, state.epoch, layouts, wanted, room)
-        if allotted is None:
-            self._refuse_layouts(missing_bytes([[] for _ in layouts], layouts, LEAST), room)
+        state.last_error = made.complaint or state.last_error
+        if made.allotments is None:
+            assert made.complaint is not None
+            self._broadcast(m.Refuse("ConfigError", made.complaint))
             return
-        if len(allotted[0].reuse) + len(allotted[0].create) < wanted:
-            state.last_error = f"memory for {LEAST} slots a rank instead of {wanted}: a flush stops snapshots"
-        for rank, (reuse, create) in enumerate(allotted):
+        for rank, (reuse, create) in enumerate(made.allotments):
             self._send_rank(rank, m.Allot(state.generation, reuse, create), slots=tuple(reuse))
-
-    def _refuse_layouts(self, needed: int, room: int) -> None:
-        state = self.state
-        state.layouts = {}
-        state.last_error = text = (
-            f"snapshot memory: {LEAST} slots for {state.world} ranks need {needed} bytes, {room} are available on this "
-            f"node beside what holds snapshots ({self._limit}); free memory, raise the limit, or use fewer bytes"
-        )
-        self._broadcast(m.Refuse("ConfigError", text))
 
     def _grant(self) -> None:
         state = self.state
@@ -492,10 +492,11 @@ class NodeMachine:
             self.members.satisfied(step)
             self._broadcast(m.Reached(newest.snapshot.step, Level.SEALED))
             return
-        for granted in self.state.table.granted:
+        mine = [granted for granted in self.state.table.granted if granted.epoch == self.state.epoch]
+        for granted in mine:
             if granted.step is None and granted.grant != step:
                 self._kill(granted)
-        if not any(granted.step == step or granted.grant == step for granted in self.state.table.granted):
+        if not any(step in (granted.step, granted.grant) for granted in mine):
             self._issue(step)
 
     def _issue(self, step: int) -> bool:
@@ -508,10 +509,11 @@ class NodeMachine:
             if not free:
                 return False
             slots[rank] = free[0]
-        state.table.granted.append(Granted(state.epoch, step, slots, dict(state.instances)))
+        compare = state.uncompared is None or state.uncompared >= COMPARE_EVERY - 1
+        state.table.granted.append(Granted(state.epoch, step, slots, dict(state.instances), compare=compare))
         state.granted_step = max(state.granted_step, step)
         for rank, slot in slots.items():
-            self._send_rank(rank, m.Grant(step, slot))
+            self._send_rank(rank, m.Grant(step, slot, compare))
         return True
 
     def _start_flush(self) -> None:

@@ -13,7 +13,7 @@ def welcome(state: NodeState, peer: int, rank: int) -> Send:
     point = None if state.restore_point is None else state.table.holding(state.restore_point)
     readable = () if point is None else tuple(point.slots[r] for r in sorted(point.slots))
     slots = [slot for number in readable if (slot := state.table.get(number)) is not None]
-    restore = [m.SlotInfo(s.slot, s.rank, s.digest, s.size) for s in slots]
+    restore = [m.SlotInfo(s.slot, s.rank, s.digest, s.size, s.frozen_bytes) for s in slots]
     owned = [slot for slot in state.table.slots if slot.rank == rank]
     ready = [slot.slot for slot in owned if slot.ready]
     pending = [slot.slot for slot in owned if not slot.ready]
@@ -33,7 +33,7 @@ def allotted(state: NodeState, peer: int, rank: int) -> Send | None:
 def news(state: NodeState, rank: int) -> list[m.Message]:
     """Grants that the rank has not answered, and the levels reached."""
     found: list[m.Message] = [
-        m.Revoke(granted.grant) if granted.dead else m.Grant(granted.grant, granted.slots[rank])
+        m.Revoke(granted.grant) if granted.dead else m.Grant(granted.grant, granted.slots[rank], granted.compare)
         for granted in state.table.granted
         if granted.epoch == state.epoch and rank in granted.silent
     ]

@@ -7,12 +7,13 @@ Rules (docs/protocol.md, "Slots"):
   keeps the slots of those writers that have not answered yet, since they may still be writing, until they answer or
   their process has ended (quarantine).
 - The newest sealed snapshot, the one being flushed and a pinned restore point are kept; all older ones are freed.
+- Where ranks say what they hold in common, they say the same, or the snapshot is dead.
 - Numbers of slots and, within an epoch, of grants by cadence are never used twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -21,12 +22,14 @@ from ckptd.core.types import Epoch, SnapshotId
 
 class Slot(msgspec.Struct):
     """One memory slot of a rank. `ready`: allocated, and its descriptor is here. `owner`: the trainer process that has
-    it mapped for writing. `surplus`: given to nobody any more, and dropped once idle."""
+    it mapped for writing. `surplus`: given to nobody any more, and dropped once idle. `frozen_bytes`: of the region it
+    shares with the other slots of its rank and digest."""
 
     slot: int
     rank: int
     digest: str
     size: int
+    frozen_bytes: int = 0
     ready: bool = False
     owner: str | None = None
     surplus: bool = False
@@ -34,7 +37,8 @@ class Slot(msgspec.Struct):
 
 class Granted(msgspec.Struct):
     """A snapshot in the making: `grant` names it until its step is known. `outcome`: rank -> captured or not. `dead`:
-    it will never be sealed; `told`: so its writers were told."""
+    it will never be sealed; `told`: so its writers were told. `compare`: the ranks say what they hold in common, and
+    `replicas` is what has been said."""
 
     epoch: Epoch
     grant: int
@@ -44,6 +48,8 @@ class Granted(msgspec.Struct):
     outcome: dict[int, bool] = {}
     dead: bool = False
     told: bool = False
+    compare: bool = False
+    replicas: dict[int, int] = {}
 
     @property
     def complete(self) -> bool:
@@ -57,10 +63,17 @@ class Granted(msgspec.Struct):
 
 
 class Sealed(msgspec.Struct):
-    """A snapshot that every rank has captured: rank -> slot."""
+    """A snapshot that every rank has captured: rank -> slot. `compared`: what ranks have in common was the same."""
 
     snapshot: SnapshotId
     slots: dict[int, int]
+    compared: bool = False
+
+
+def memory_bytes(slots: Iterable[Slot]) -> int:
+    """What slots take together, each frozen region once."""
+    held = list(slots)
+    return sum(slot.size for slot in held) + sum({(s.rank, s.digest): s.frozen_bytes for s in held}.values())
 
 
 class SlotTable(msgspec.Struct):
@@ -72,10 +85,10 @@ class SlotTable(msgspec.Struct):
     sealed: list[Sealed] = []
     numbered: int = 0
 
-    def create(self, rank: int, digest: str, size: int) -> Slot:
+    def create(self, rank: int, digest: str, size: int, frozen_bytes: int = 0) -> Slot:
         """A new slot, not ready yet."""
         self.numbered += 1
-        self.slots.append(Slot(self.numbered, rank, digest, size))
+        self.slots.append(Slot(self.numbered, rank, digest, size, frozen_bytes))
         return self.slots[-1]
 
     def get(self, number: int) -> Slot | None:
@@ -126,15 +139,18 @@ class SlotTable(msgspec.Struct):
         """The sealed snapshot of that name."""
         return next((s for s in self.sealed if s.snapshot == snapshot), None)
 
-    def answer(self, granted: Granted, rank: int, step: int | None) -> None:
-        """A writer's outcome: the step it captured, or None. Outcomes never change."""
+    def answer(self, granted: Granted, rank: int, step: int | None, replicas: Mapping[int, int] | None = None) -> bool:
+        """A writer's outcome: the step it captured, or None. Outcomes never change. Whether the `replicas` agree with
+        those of the ranks before it."""
         if rank not in granted.writers or rank in granted.outcome:
-            return
+            return True
+        agree = all(granted.replicas.setdefault(name, said) == said for name, said in (replicas or {}).items())
         granted.outcome[rank] = step is not None
-        if step is None or (granted.step is not None and granted.step != step):
+        if step is None or not agree or (granted.step is not None and granted.step != step):
             granted.dead = True
         elif granted.step is None:
             granted.step = step
+        return agree
 
     def writer_ended(self, instance: str) -> None:
         """The process of `instance` is gone: what it had not answered is missed."""
@@ -148,7 +164,7 @@ class SlotTable(msgspec.Struct):
         for granted in list(self.granted):
             if granted.complete and granted.step is not None:
                 self.granted.remove(granted)
-                sealed = Sealed(SnapshotId(granted.epoch, granted.step), granted.slots)
+                sealed = Sealed(SnapshotId(granted.epoch, granted.step), granted.slots, granted.compare)
                 if self.holding(sealed.snapshot) is None:
                     self.sealed.append(sealed)
                     yield sealed

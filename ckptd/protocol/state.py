@@ -10,17 +10,18 @@ import msgspec
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.protocol.messages import Policy
-from ckptd.protocol.slots import Sealed, SlotTable
+from ckptd.protocol.slots import Sealed, SlotTable, memory_bytes
 
 MAX_RECORDS = 1000
 """Epochs remembered: a Promise that lists them fits a packet. The store has them all."""
 
 
 class NodeState(msgspec.Struct):
-    """See docs/protocol.md. `layouts` and `sizes` are per rank; `instances`: rank -> its process in this epoch;
+    """See docs/protocol.md. `layouts` are per rank; `instances`: rank -> its process in this epoch;
     `left`: ranks whose process is dead or has left; `closed`: ranks that have finished; `processes`: instance ->
     (pid, start time) of every process that may be alive, of older epochs too; `granted_step`: the last grant of this
-    epoch, so that no grant is numbered like another."""
+    epoch, so that no grant is numbered like another; `uncompared`: snapshots sealed since one in which the ranks
+    compared what they have in common, None where none has been since the layout is known."""
 
     job: str
     promised: Epoch | None = None
@@ -35,9 +36,9 @@ class NodeState(msgspec.Struct):
     records: list[EpochRecord] = []
     table: SlotTable = msgspec.field(default_factory=SlotTable)
     layouts: dict[int, str] = {}
-    sizes: dict[int, int] = {}
     generation: int = 0
     surveying: bool = False
+    uncompared: int | None = None
     durable: SnapshotId | None = None
     processes: dict[str, tuple[int, int]] = {}
     counters: dict[str, int] = {}
@@ -83,7 +84,7 @@ class NodeState(msgspec.Struct):
         self.promised = self.epoch = epoch
         self.world, self.policy, self.restore_point = world, policy, point
         self.records = [*self.records, EpochRecord(epoch, point)][-MAX_RECORDS:]
-        self.layouts, self.sizes, self.granted_step = {}, {}, 0
+        self.layouts, self.granted_step = {}, 0
         self.instances, self.left, self.closed = {}, set(), set()
         for granted in self.table.granted:
             granted.dead = granted.told = True
@@ -148,7 +149,7 @@ def describe(state: NodeState, connected: Mapping[int, int]) -> dict[str, Any]:
             {"rank": s.rank, "slot": s.slot, "state": use(s.slot, s.ready), "step": held.get(s.slot), "bytes": s.size}
             for s in state.table.slots
         ],
-        "memory_bytes": sum(slot.size for slot in state.table.slots),
+        "memory_bytes": memory_bytes(state.table.slots),
         "counters": dict(state.counters),
         "last_error": state.last_error,
     }

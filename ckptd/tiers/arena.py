@@ -8,6 +8,9 @@ A slot is one memfd of one rank with room for one snapshot of that rank, and des
     table    the catalog of the rank's chunks (format/table.py), which the layout digest covers; then CRCs, objects, and
              the data from a page on
 
+What never changes (frozen tensors) lies once in a region that the slots of a rank share: one more memfd of the same
+form, whose `identity` - of its table and its checksums - is part of the layout digest of each of them.
+
 The trainer writes, the daemon and other readers only read, by descriptor; they copy bytes out first and verify the
 copy. Sealed against shrinking and growing, so that a reader never meets SIGBUS.
 The ledger is one more memfd, written by the daemon alone: its NodeState, twice, in turn.
@@ -40,6 +43,9 @@ PAGE = 4096
 READ_BYTES = 256 * 1024
 """Copied and checksummed at a time, so that the checksum finds the bytes in cache."""
 
+FROZEN_FILE = 2
+"""`file` column of rows whose bytes lie in the frozen region (0: in the slot; OBJECTS_FILE: objects)."""
+
 MAX_SLOT_BYTES = 2**45
 _RECORD = struct.Struct("<8sQII")  # magic, sequence, payload bytes, CRC32C of magic..bytes and payload
 _GEOMETRY, _STATE, _LEDGER = b"CKPTGEO1", b"CKPTSTA1", b"CKPTLED1"
@@ -47,7 +53,7 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Geometry(msgspec.Struct, frozen=True):
-    """Where the parts of a slot lie; all offsets and sizes in bytes."""
+    """Where the parts of a slot lie; offsets and sizes in bytes. `frozen`: identity of its frozen region, if any."""
 
     rank: int
     digest: str
@@ -59,6 +65,7 @@ class Geometry(msgspec.Struct, frozen=True):
     objects_bytes: int
     data_offset: int
     data_bytes: int
+    frozen: str = ""
 
     @property
     def size(self) -> int:
@@ -94,8 +101,9 @@ class State(msgspec.Struct, frozen=True):
     crcs_crc: int = 0
 
 
-def layout(rank: int, catalog: Catalog, objects_bytes: int) -> tuple[Geometry, bytes]:
-    """Geometry and table of slots for the chunks of `catalog` (file_offset = offset in the data)."""
+def layout(rank: int, catalog: Catalog, objects_bytes: int, frozen: str = "") -> tuple[Geometry, bytes]:
+    """Geometry and table of slots for the chunks of `catalog` (file_offset = offset in the data), beside the frozen
+    region of that identity."""
     table = encode_table(catalog)
     data_bytes = int((catalog.file_offset + catalog.raw).max(initial=0))
     crc_offset = 3 * PAGE + _aligned(len(table))
@@ -103,7 +111,7 @@ def layout(rank: int, catalog: Catalog, objects_bytes: int) -> tuple[Geometry, b
     data_offset = objects_offset + _aligned(objects_bytes)
     return Geometry(
         rank,
-        _digest(rank, objects_bytes, table),
+        _digest(rank, objects_bytes, table, frozen),
         3 * PAGE,
         len(table),
         crc_offset,
@@ -112,21 +120,29 @@ def layout(rank: int, catalog: Catalog, objects_bytes: int) -> tuple[Geometry, b
         objects_bytes,
         data_offset,
         data_bytes,
+        frozen,
     ), table
 
 
-class Slot:
-    """One slot. Owns its descriptor. `create`d and written by a trainer, `open`ed by readers."""
+def identity(geometry: Geometry, crcs: npt.NDArray[np.uint32]) -> str:
+    """What a frozen region holds, in a name: its layout and the checksums of its chunks."""
+    return hashlib.sha256(geometry.digest.encode() + crcs.astype("<u4").tobytes()).hexdigest()
 
-    def __init__(self, descriptor: int, geometry: Geometry) -> None:
+
+class Slot:
+    """One slot, or a frozen region. Owns its descriptor, and that of the `region` it shares with others, if any.
+    `create`d and written by a trainer, `open`ed by readers."""
+
+    def __init__(self, descriptor: int, geometry: Geometry, region: Slot | None = None) -> None:
         self.descriptor = descriptor
         self.geometry = geometry
+        self.region = region
         self._mapping: mmap.mmap | None = None
         self._catalog: Catalog | None = None
 
     @classmethod
-    def create(cls, geometry: Geometry, table: bytes) -> Slot:
-        """A new slot, all its memory allocated. Raises ConfigError where memory is short."""
+    def create(cls, geometry: Geometry, table: bytes, region: Slot | None = None) -> Slot:
+        """A new slot, all its memory allocated, beside `region`. Raises ConfigError where memory is short."""
         descriptor = os.memfd_create(f"ckptd-slot-{geometry.rank}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.fchmod(descriptor, 0o600)
@@ -138,11 +154,22 @@ class Slot:
         except BaseException:
             os.close(descriptor)
             raise
-        return cls(descriptor, geometry)
+        return cls(descriptor, geometry, None if region is None else region.duplicate())
 
     @classmethod
-    def open(cls, descriptor: int) -> Slot:
-        """A slot from a descriptor that somebody else made. Raises FormatError; closes nothing."""
+    def open(cls, descriptor: int, region: int | None = None) -> Slot:
+        """A slot from descriptors that somebody else made: its own, and its frozen region's. Raises FormatError; closes
+        nothing."""
+        found = cls(descriptor, cls._described(descriptor))
+        if bool(found.geometry.frozen) != (region is not None):
+            raise FormatError("slot: a frozen region beside a slot that has none, or the other way round")
+        if region is not None:
+            found.region = cls(region, cls._described(region))
+        return found
+
+    @staticmethod
+    def _described(descriptor: int) -> Geometry:
+        """The geometry that a slot has of itself."""
         try:
             seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
         except OSError as error:
@@ -158,7 +185,22 @@ class Slot:
             raise FormatError(f"slot: geometry: {error}") from None
         if os.fstat(descriptor).st_size != geometry.size:
             raise FormatError(f"slot: {os.fstat(descriptor).st_size} bytes, its geometry says {geometry.size}")
-        return cls(descriptor, geometry)
+        return geometry
+
+    def duplicate(self) -> Slot:
+        """The same slot by descriptors of its own."""
+        region = None if self.region is None else self.region.duplicate()
+        return Slot(os.dup(self.descriptor), self.geometry, region)
+
+    @property
+    def descriptors(self) -> list[int]:
+        """As `open` takes them."""
+        return [self.descriptor] if self.region is None else [self.descriptor, self.region.descriptor]
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Of the region that it shares."""
+        return 0 if self.region is None else self.region.geometry.size
 
     def mend(self, table: bytes | None = None) -> bool:
         """Writes the geometry, and the table where it is known, anew if they are damaged; whether they were."""
@@ -166,6 +208,8 @@ class Slot:
         damaged = _read_record(self.descriptor, 0, _GEOMETRY, PAGE) != (1, known)
         if damaged:
             _write_record(self.descriptor, 0, _GEOMETRY, 1, known)
+        if self.region is not None and self.region.mend():
+            damaged = True
         if table is not None and os.pread(self.descriptor, len(table), self.geometry.table_offset) != table:
             os.pwrite(self.descriptor, table, self.geometry.table_offset)
             damaged = True
@@ -187,8 +231,14 @@ class Slot:
         """From here on the slot holds nothing whole."""
         self._write_state(State())
 
-    def commit(self, snapshot: SnapshotId, crcs: npt.NDArray[np.uint32], objects: bytes) -> None:
-        """The slot holds `snapshot`: one CRC32C per chunk and the packed objects."""
+    def unmap(self) -> None:
+        """Undoes `map`."""
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
+
+    def commit(self, snapshot: SnapshotId | None, crcs: npt.NDArray[np.uint32], objects: bytes) -> None:
+        """The slot holds `snapshot` (None: it is a frozen region): one CRC32C per chunk and the packed objects."""
         if len(crcs) != self.geometry.chunks or len(objects) > self.geometry.objects_bytes:
             raise ValueError("slot: what is committed does not fit its layout")
         raw = crcs.astype("<u4").tobytes()
@@ -207,10 +257,19 @@ class Slot:
             raise CorruptionError(f"slot of rank {self.geometry.rank}: state: {error}") from None
 
     def catalog(self) -> Catalog:
-        """The chunks of the snapshot in the slot, with their CRCs. Raises CorruptionError."""
+        """The chunks of the snapshot in the slot and its region, with their CRCs. Raises CorruptionError."""
+        if self.region is None:
+            return self._own_catalog()
+        frozen = self.region._own_catalog()
+        if identity(self.region.geometry, frozen.crc) != self.geometry.frozen:
+            raise CorruptionError(f"slot of rank {self.geometry.rank}: its frozen region is another, or damaged")
+        return Catalog.merge([self._own_catalog(), frozen.replaced(file=np.full(len(frozen), FROZEN_FILE))])
+
+    def _own_catalog(self) -> Catalog:
         if self._catalog is None:
             table = os.pread(self.descriptor, self.geometry.table_bytes, self.geometry.table_offset)
-            if _digest(self.geometry.rank, self.geometry.objects_bytes, table) != self.geometry.digest:
+            geometry = self.geometry
+            if _digest(geometry.rank, geometry.objects_bytes, table, geometry.frozen) != geometry.digest:
                 raise CorruptionError(f"slot of rank {self.geometry.rank}: its table of chunks is damaged")
             self._catalog = decode_table(table)
             if len(self._catalog) != self.geometry.chunks:
@@ -229,8 +288,12 @@ class Slot:
             raise CorruptionError(f"slot of rank {self.geometry.rank}: its objects are damaged")
         return unpack_table(packed) if packed else {}
 
-    def read(self, offset: int, crc: int, into: memoryview) -> None:
-        """Copies a chunk from `offset` of the data and verifies the copy. Raises CorruptionError."""
+    def read(self, offset: int, crc: int, into: memoryview, file: int = 0) -> None:
+        """Copies a chunk from `offset` of the data, its own or the region's, and verifies the copy. Raises
+        CorruptionError."""
+        if file == FROZEN_FILE and self.region is not None:
+            self.region.read(offset, crc, into)
+            return
         end = len(into)
         if offset < 0 or offset + end > self.geometry.data_bytes:
             raise FormatError(f"slot of rank {self.geometry.rank}: a chunk lies outside its data")
@@ -247,12 +310,12 @@ class Slot:
 
     def close(self) -> None:
         """Unmaps and closes; the memory lives as long as somebody else holds the memfd. Idempotent."""
-        if self._mapping is not None:
-            self._mapping.close()
-            self._mapping = None
+        self.unmap()
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+        if self.region is not None:
+            self.region.close()
 
     def _newest_state(self) -> tuple[int, bytes] | None:
         records = [_read_record(self.descriptor, page * PAGE, _STATE, PAGE) for page in (1, 2)]
@@ -307,7 +370,7 @@ class SnapshotReader:
             if catalog.file[row] == OBJECTS_FILE:
                 into[:] = self._own_objects[offset : offset + len(into)]
             else:
-                self._slots[int(catalog.writer[row])].read(offset, crc, into)
+                self._slots[int(catalog.writer[row])].read(offset, crc, into, int(catalog.file[row]))
         except CorruptionError as error:
             raise CorruptionError(f"{catalog.tensors[catalog.tensor[row]].key} in {self.snapshot}: {error}") from None
 
@@ -357,9 +420,9 @@ class Ledger:
         return newest[1]
 
 
-def _digest(rank: int, objects_bytes: int, table: bytes) -> str:
+def _digest(rank: int, objects_bytes: int, table: bytes, frozen: str) -> str:
     """What names a layout; the geometry has it, so that a damaged table is found."""
-    return hashlib.sha256(b"%d/%d/" % (rank, objects_bytes) + table).hexdigest()[:32]
+    return hashlib.sha256(b"%d/%d/%s/" % (rank, objects_bytes, frozen.encode()) + table).hexdigest()[:32]
 
 
 def _aligned(size: int) -> int:

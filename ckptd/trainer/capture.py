@@ -1,7 +1,8 @@
 """Capture: a rank's side of grants, from the boundary of a step to Captured or Missed.
 
-Owns the rank's slots, the outcome of every grant, and the copy window. Two threads meet here: the training thread at
-boundaries and before optimizer steps, the session's thread with messages; `_lock` guards what both touch.
+Owns the outcome of every grant and the copy window; what is captured, and into which slots, is memory.py's. Two threads
+meet here: the training thread at boundaries and before optimizer steps, the session's thread with messages; `_lock`
+guards what both touch.
 
 Invariants
 - A slot is written only between a Grant for it and the outcome of that grant (protocol/slots.py).
@@ -20,19 +21,14 @@ import time
 import msgspec
 import numpy as np
 
-from ckptd.core.catalog import Catalog
 from ckptd.core.config import Options
 from ckptd.core.errors import CkptdError, DaemonError, DeadlineError, StoreError
 from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.daemon.client import refusal
 from ckptd.daemon.session import Session
 from ckptd.format.objects import pack_table
-from ckptd.plan.save import Piece, plan_save
-from ckptd.plan.share import with_aliases
 from ckptd.protocol import messages as m
-from ckptd.tiers.arena import Geometry, Slot, layout
-from ckptd.trainer.copying import CopyJobs
-from ckptd.trainer.saving import pieces_of
+from ckptd.trainer.memory import SnapshotMemory
 from ckptd.trainer.state import AppState
 from ckptd.trainer.window import Running, Window
 
@@ -41,29 +37,10 @@ log = logging.getLogger("ckptd.capture")
 AUDITED_FIRST, AUDITED_EVERY = 3, 100
 """Windows whose sources are hashed at the boundary and compared with the copy: the first few, then one in so many."""
 
-OBJECTS_ROOM = 64 * 1024
 WAIT_SLICE_S = 0.5
 
 BOUNDARY_S = 0.002
 """Boundaries that follow each other faster are not all told: the daemon would fall behind and grant what has passed."""
-
-
-class Holdings(msgspec.Struct, frozen=True):
-    """What a rank tells the others of its state: its pieces, and second keys of tied tensors."""
-
-    pieces: list[Piece]
-    aliases: dict[str, str]
-
-
-class Layout(msgspec.Struct, frozen=True):
-    """What slots hold at present: the pieces it was planned from, and where each chunk goes."""
-
-    generation: int
-    aliases: dict[str, str]
-    pieces: list[Piece]
-    catalog: Catalog
-    geometry: Geometry
-    table: bytes
 
 
 class Statistics(msgspec.Struct):
@@ -91,17 +68,9 @@ class Capture:
         self._state, self._epoch, self._rank, self._threads, self._options = state, epoch, rank, threads, options
         self._changed = threading.Condition()
         self._lock = self._changed
-        self._grants: dict[int, int] = {}
+        self._grants: dict[int, m.Grant] = {}
         self._outcomes: dict[int, m.Captured | m.Missed] = {}
         self._survey: int | None = None
-        self._pieces: tuple[int, list[Piece]] | None = None
-        self._layout: Layout | None = None
-        self._jobs: CopyJobs | None = None
-        self._slots: dict[int, Slot] = {}
-        self._retired: list[Slot] = []
-        self._making = threading.Lock()
-        self._maker: threading.Thread | None = None
-        self._objects_room = OBJECTS_ROOM
         self._boundary: m.Boundary | None = None
         self._told_at = 0.0
         self._passed = -1
@@ -115,8 +84,7 @@ class Capture:
         self._refused: CkptdError | None = None
         self._window: Window | None = None
         self._windows = 0
-        self._written: set[str] = set()
-        self._closed = False
+        self.memory = SnapshotMemory(state, rank, threads, self._say, self._cannot)
 
     def start(self, session: Session) -> None:
         """The session through which to speak; called once, before anything else."""
@@ -128,13 +96,11 @@ class Capture:
         """`step` steps are complete. `updated`: an optimizer has stepped since the last boundary."""
         self.close_window()
         self.statistics.steps += 1
+        self.memory.release()
         with self._lock:
-            retired, self._retired = self._retired, []
             if self._refused is not None:
                 raise self._refused
             self._boundary = m.Boundary(step, step_s)
-        for slot in retired:
-            slot.close()
         now = time.monotonic()
         if now - self._told_at >= BOUNDARY_S:
             self._told_at = now
@@ -149,7 +115,7 @@ class Capture:
             log.error("step %d is not captured: %s", step, error)
         grant = self._due(step)
         if grant is not None:
-            self._capture(*grant, step)
+            self._capture(grant, step)
 
     def snapshot(self, step: int, deadline_s: float) -> None:
         """Captures `step`, at whose boundary every rank stands; returns when it is sealed. Raises DeadlineError."""
@@ -165,7 +131,7 @@ class Capture:
                 self._answer_survey()
                 grant = self._due(step)
                 if grant is not None:
-                    self._capture(*grant, step)
+                    self._capture(grant, step)
                     self.close_window()
                 with self._lock:
                     if self._refused is not None:
@@ -186,9 +152,7 @@ class Capture:
             window.finish(self._options.max_stall_s)
             self._window = None
             if window.written:
-                self._written.update(window.written)
-                if self._jobs is not None:
-                    self._jobs.copy_eagerly(self._written)
+                self.memory.written_in_window(window.written)
             self._stalled(time.perf_counter() - started)
 
     def wait(self, level: Level, step: int, until: float | None) -> Level:
@@ -254,14 +218,8 @@ class Capture:
                     log.warning("closing the job: %s", error)
             else:
                 self._say(message)
-            self._closed = True
             self.session.end()
-        if self._maker is not None:
-            self._maker.join()  # it may be in native code, which the end of the interpreter must not meet
-        with self._lock:
-            for slot in [*self._slots.values(), *self._retired]:
-                slot.close()
-            self._slots, self._retired = {}, []
+        self.memory.close()
 
     def _check_deadline(self, until: float, what: str) -> None:
         if time.monotonic() >= until:
@@ -284,8 +242,6 @@ class Capture:
         captured = any(isinstance(x, m.Captured) and x.step >= step for x in self._outcomes.values())
         return Level.CAPTURED if captured else None
 
-    # --- surveys and layouts
-
     def _answer_survey(self) -> None:
         """Tells the daemon what the state consists of."""
         with self._lock:
@@ -293,73 +249,11 @@ class Capture:
         if generation is None:
             return
         try:
-            sources = self._state.sources()
+            self.memory.survey(generation)
         except BaseException:
             with self._lock:
                 self._survey = generation if self._survey is None else self._survey
             raise
-        pieces = pieces_of(sources)
-        self._pieces = (generation, pieces)
-        holdings = Holdings(pieces, self._state.aliases())
-        self._objects_room = max(self._objects_room, 2 * len(pack_table(self._state.objects())) + OBJECTS_ROOM)
-        descriptor = os.memfd_create("ckptd-pieces", os.MFD_CLOEXEC)
-        os.write(descriptor, msgspec.msgpack.encode(holdings))
-        self._say(m.Pieces(generation), [descriptor])
-
-    def _plan(self, generation: int, descriptors: list[int]) -> None:
-        """Every rank's pieces are here (session's thread): plan, and ask for slots."""
-        held = []
-        for descriptor in descriptors:
-            data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-            held.append(msgspec.msgpack.decode(data, type=Holdings))
-        if self._pieces is None or self._pieces[0] != generation or held[self._rank].pieces != self._pieces[1]:
-            return
-        keys = {piece.key for holdings in held for piece in holdings.pieces}
-        aliases = {k: v for holdings in reversed(held) for k, v in holdings.aliases.items() if k not in keys}
-        catalog = with_aliases(plan_save([holdings.pieces for holdings in held])[self._rank], aliases)
-        geometry, table = layout(self._rank, catalog, self._objects_room)
-        with self._lock:
-            self._layout = Layout(generation, aliases, self._pieces[1], catalog, geometry, table)
-            self._jobs = None
-        self._say(m.Layout(generation, geometry.digest, geometry.size))
-
-    def _allot(self, message: m.Allot, descriptors: list[int]) -> None:
-        """Takes over slots that are there and makes the others, in a thread of its own: populating takes time."""
-        made = self._layout
-        if made is None or made.generation != message.generation:
-            _close_all(descriptors)
-            return
-        arguments = (made, message, descriptors)
-        self._maker = threading.Thread(target=self._make, args=arguments, name="ckptd-slots", daemon=True)
-        self._maker.start()
-
-    def _make(self, made: Layout, message: m.Allot, descriptors: list[int]) -> None:
-        try:
-            with self._making:
-                with self._lock:
-                    old = [number for number, slot in self._slots.items() if slot.geometry != made.geometry]
-                    self._retired += [self._slots.pop(number) for number in old]
-                for number, descriptor in zip(message.reuse, descriptors, strict=True):
-                    slot = Slot.open(descriptor)
-                    slot.mend(made.table)  # what damaged a snapshot in memory must not damage the next one there
-                    self._ready(number, slot, fresh=False)
-                for number in message.create:
-                    if number not in self._slots and not self._closed:
-                        self._ready(number, Slot.create(made.geometry, made.table), fresh=True)
-        except (CkptdError, OSError, ValueError) as error:
-            self._cannot(error if isinstance(error, CkptdError) else DaemonError(f"snapshot memory: {error}"))
-
-    def _ready(self, number: int, slot: Slot, fresh: bool) -> None:
-        if number in self._slots:
-            slot.close()
-        else:
-            slot.map()
-            with self._lock:
-                if self._closed:
-                    slot.close()
-                    return
-                self._slots[number] = slot
-        self._say(m.Ready(number), [os.dup(slot.descriptor)] if fresh else None)
 
     def _cannot(self, error: CkptdError) -> None:
         """No slots for the state. At the start that is an error of the job; later, training goes on without snapshots
@@ -373,15 +267,15 @@ class Capture:
 
     # --- capture
 
-    def _due(self, step: int) -> tuple[int, int] | None:
-        """The grant to use at the boundary of `step`, and its slot. Older ones have been overtaken."""
+    def _due(self, step: int) -> m.Grant | None:
+        """The grant to use at the boundary of `step`. Older ones have been overtaken."""
         with self._lock:
             self._passed = max(self._passed, step)
             due = sorted(g for g in self._grants if g <= step and g not in self._outcomes)
             for grant in due[:-1]:
                 self._settle(m.Missed(grant, "revoked"))
             self._capturing = due[-1] if due else None
-            return (due[-1], self._grants[due[-1]]) if due else None
+            return self._grants[due[-1]] if due else None
 
     def _settle(self, outcome: m.Captured | m.Missed) -> None:
         """The one outcome of a grant; said, remembered, counted."""
@@ -397,25 +291,23 @@ class Capture:
                 reasons[outcome.reason] = reasons.get(outcome.reason, 0) + 1
             else:
                 self.statistics.snapshots_captured += 1
-                self.statistics.bytes_captured += 0 if self._layout is None else int(self._layout.catalog.raw.sum())
+                self.statistics.bytes_captured += self.memory.captured_bytes
             self._changed.notify_all()
         self._say(outcome)
 
-    def _capture(self, grant: int, number: int, step: int) -> None:
+    def _capture(self, grant: m.Grant, step: int) -> None:
         started = time.perf_counter()
-        slot = self._slots.get(number)
-        made = self._layout
         try:
-            jobs = self._current_jobs(made)
+            jobs = self.memory.jobs(audit=grant.compare)
             objects = pack_table(self._state.objects())
-            if made is None or slot is None or jobs is None or slot.geometry != made.geometry:
-                self._settle(m.Missed(grant, "layout"))
-                return
-            if len(objects) > made.geometry.objects_bytes:
-                self._settle(m.Missed(grant, "layout"))
+            slot = self.memory.slot(grant.slot)
+            if slot is None or jobs is None or len(objects) > slot.geometry.objects_bytes:
+                self._settle(m.Missed(grant.step, "layout"))
                 return
             slot.begin()
-            capture = Running(self._settle, SnapshotId(self._epoch, step), slot, jobs, grant, number, objects, started)
+            replicas = self.memory.compare(jobs, step) if grant.compare else {}
+            snapshot = SnapshotId(self._epoch, step)
+            capture = Running(self._settle, snapshot, slot, jobs, grant, objects, replicas, started)
             lazy = jobs.lazy if self._options.capture == "lazy" else jobs.lazy[:0]
             eager = np.concatenate([jobs.eager, np.setdiff1d(jobs.windowed, lazy, assume_unique=True)])
             jobs.copy(eager, slot.map(), capture.crcs, self._threads)
@@ -425,21 +317,8 @@ class Capture:
                 capture.complete()
         except Exception:  # whatever it is, training goes on
             log.exception("step %d is not captured", step)
-            self._settle(m.Missed(grant, "failed"))
+            self._settle(m.Missed(grant.step, "failed"))
         self._stalled(time.perf_counter() - started)
-
-    def _current_jobs(self, made: Layout | None) -> CopyJobs | None:
-        """The copy jobs for the tensors that are in use now; None if they have another layout than the slots."""
-        if made is None:
-            return None
-        jobs = self._jobs
-        if jobs is None or not self._state.unchanged() or not jobs.refresh():
-            sources = self._state.sources()
-            if pieces_of(sources) != made.pieces:
-                return None
-            self._jobs = CopyJobs(made.catalog, sources, made.aliases)
-            self._jobs.copy_eagerly(self._written)
-        return self._jobs
 
     def _audits(self) -> bool:
         self._windows += 1
@@ -456,13 +335,13 @@ class Capture:
         match message:
             case m.Plan():
                 try:
-                    self._plan(message.generation, descriptors)
+                    self.memory.plan(message.generation, descriptors)
                 except CkptdError as error:
                     self._cannot(error)
                 finally:
                     _close_all(descriptors)
             case m.Allot():
-                self._allot(message, descriptors)
+                self.memory.allot(message, descriptors)
             case m.Grant():
                 self._granted(message)
             case m.Revoke():
@@ -491,7 +370,7 @@ class Capture:
             if known is not None and self._requested == message.step and not _answers(known, message):
                 del self._outcomes[message.step]
                 known = None
-            self._grants[message.step] = message.slot
+            self._grants[message.step] = message
             late = message.step <= self._passed and message.step != self._requested
             self._changed.notify_all()
         if known is not None:
@@ -525,7 +404,7 @@ class Capture:
                 self._failed_flush = (message.step, message.message)
                 log.error("step %d could not be made durable: %s", message.step, message.message)
             case m.Welcome():
-                self._rejoined(message)
+                self.memory.welcomed(message.slots, message.pending)
             case m.Refuse(error="ConfigError") if not self._standing:
                 self._cannot(refusal(message))
             case m.Refuse(error="StoreError") if not self._standing:
@@ -534,14 +413,6 @@ class Capture:
                 self._refused = refusal(message)
             case _:
                 self._answers.append(message)
-
-    def _rejoined(self, message: m.Welcome) -> None:
-        """Back with a daemon. Slots that it has no number for went with its predecessor: it surveys anew. Those that
-        it has not heard of being ready are offered again."""
-        known = {*message.slots, *message.pending}
-        self._retired += [self._slots.pop(number) for number in list(self._slots) if number not in known]
-        for number in [n for n in message.pending if n in self._slots]:
-            self._say(m.Ready(number), [os.dup(self._slots[number].descriptor)])
 
     def _forget(self, sealed: int) -> None:
         """Outcomes of grants up to a sealed step are superseded."""

@@ -18,7 +18,7 @@ import torch
 
 from ckptd.core.box import Box, contiguous_strides
 from ckptd.core.catalog import Catalog
-from ckptd.core.native import copy_boxes
+from ckptd.core.native import address_of, copy_boxes
 from ckptd.core.types import itemsize
 from ckptd.trainer.state_tensors import Source
 
@@ -38,7 +38,7 @@ class Witness(NamedTuple):
 class CopyJobs:
     """The copies that capture one layout from one set of tensors.
 
-    `windowed` and `eager` are rows of `catalog`, one for each place in the slot.
+    `rows` are rows of `catalog`, one for each place in the slot; each is in `windowed` or in `eager`.
     """
 
     def __init__(self, catalog: Catalog, sources: Sequence[Source], aliases: dict[str, str]) -> None:
@@ -69,18 +69,21 @@ class CopyJobs:
         chosen = np.zeros(count, np.bool_)
         chosen[first] = True
         chosen &= ~empty
+        self.rows: Rows = np.flatnonzero(chosen)
         self.windowed: Rows = np.flatnonzero(chosen & windowed)
         self.eager: Rows = np.flatnonzero(chosen & ~windowed)
-        self._sources = sources
+        self.sources = sources
         self._tensors: list[torch.Tensor] = []
         self._address = np.zeros(count, np.uint64)
         self._on_device = np.zeros(count, np.bool_)
         self.refresh()
 
-    def refresh(self) -> bool:
+    def refresh(self, sources: Sequence[Source] | None = None) -> bool:
         """Takes the addresses of the sources' tensors as they are now and holds their storage; False where a tensor
-        has been replaced by one with other strides, for which these jobs do not serve."""
-        tensors = [source.tensor for source in self._sources]
+        has been replaced by one with other strides, for which these jobs do not serve. `sources`: those of a later walk
+        of the same state."""
+        self.sources = self.sources if sources is None else sources
+        tensors = [source.tensor for source in self.sources]
         if self._tensors and any(
             new is not old and new.stride() != old.stride() for new, old in zip(tensors, self._tensors, strict=True)
         ):
@@ -121,14 +124,22 @@ class CopyJobs:
 
     def copy_eagerly(self, keys: Collection[str]) -> None:
         """From now on the chunks of these tensors are copied at the boundary: somebody writes to them in the window."""
-        written = np.array([source.key in keys for source in self._sources], np.bool_)[self._source]
+        written = np.array([source.key in keys for source in self.sources], np.bool_)[self._source]
         moved = written[self.windowed]
         self.eager = np.sort(np.concatenate([self.eager, self.windowed[moved]]))
         self.windowed = self.windowed[~moved]
 
     def checksum(self, rows: Rows, crcs: npt.NDArray[np.uint32], threads: int) -> None:
-        """Only the checksums of the sources; CPU tensors only."""
-        self._run(rows, self.catalog.sizes[rows], self._address[rows], np.zeros(len(rows), np.uint64), crcs, threads)
+        """Only the checksums of the sources."""
+        device = self._on_device[rows]
+        staging = bytearray(int(self.catalog.raw[rows[device]].max(initial=0)))
+        for row in rows[device]:
+            self._copy_from_device(int(row), address_of(staging))
+            self._read(row[None], np.array([address_of(staging)], np.uint64), crcs, threads)
+        self._read(rows[~device], self._address[rows[~device]], crcs, threads)
+
+    def _read(self, rows: Rows, sources: npt.NDArray[np.uint64], crcs: npt.NDArray[np.uint32], threads: int) -> None:
+        self._run(rows, self.catalog.sizes[rows], sources, np.zeros(len(rows), np.uint64), crcs, threads)
 
     def _run(
         self,
@@ -163,14 +174,16 @@ class CopyJobs:
         return iter(np.split(rows, cuts))
 
     def witness(self, rows: Rows) -> Witness:
-        """What changes with most writes to the tensors behind `rows` (on the CPU) that an audit would find."""
-        sizes = np.ones_like(self.catalog.sizes[rows])
-        each, inner = np.arange(len(rows)), self._innermost[rows]
-        most = np.maximum(WITNESS_BYTES // self._items[rows], 1)
-        sizes[each, inner] = np.minimum(self.catalog.sizes[rows, inner], most)
+        """What changes with most writes to the tensors behind `rows` that an audit would find; of tensors on devices
+        no bytes are looked at."""
+        near = rows[~self._on_device[rows]]
+        sizes = np.ones_like(self.catalog.sizes[near])
+        each, inner = np.arange(len(near)), self._innermost[near]
+        most = np.maximum(WITNESS_BYTES // self._items[near], 1)
+        sizes[each, inner] = np.minimum(self.catalog.sizes[near, inner], most)
         begins = np.zeros(len(self.catalog), np.uint32)
-        self._run(rows, sizes, self._address[rows], np.zeros(len(rows), np.uint64), begins, 1)
-        tensors = {i: (self._tensors[i]._version, self._tensors[i].data_ptr()) for i in np.unique(self._source[rows])}
+        self._run(near, sizes, self._address[near], np.zeros(len(near), np.uint64), begins, 1)
+        tensors = {i: (_version(self._tensors[i]), self._tensors[i].data_ptr()) for i in np.unique(self._source[rows])}
         return Witness(tensors, begins)
 
     def written(
@@ -184,7 +197,7 @@ class CopyJobs:
         if expected is not None:
             changed |= expected[rows] != found[rows]
         differing.update(self._source[rows[changed]].tolist())
-        return sorted({self._sources[i].key for i in differing})
+        return sorted({self.sources[i].key for i in differing})
 
     def spread(self, crcs: npt.NDArray[np.uint32]) -> None:
         """Gives chunks at one place the checksum of the one that was copied."""
@@ -195,6 +208,11 @@ class CopyJobs:
         box, tensor = self._boxes[row], self._tensors[self._source[row]]
         view = tensor[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))]
         _tensor_at(address, box.sizes, tensor.dtype).copy_(view)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Counts writes through torch; inference tensors have no count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _contains(outer: Box, inner: Box) -> bool:

@@ -7,12 +7,13 @@ Hello. Killed anywhere, the next start does the same again.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -220,4 +221,12 @@ def _hello(address: Address, hello: m.Hello) -> tuple[socket.socket, list[Slot]]
     if isinstance(answer, m.Refuse):
         connection.close()
         raise refusal(answer)
-    return connection, [Slot.open(descriptor) for descriptor in descriptors]
+    assert isinstance(answer, m.Welcome)
+    return connection, [Slot.open(*taken) for taken in _taken(descriptors, answer.restore)]
+
+
+def _taken(descriptors: list[int], slots: list[m.SlotInfo]) -> Iterator[list[int]]:
+    """What belongs to each of the slots: its descriptor, and that of its frozen region."""
+    rest = iter(descriptors)
+    for slot in slots:
+        yield list(itertools.islice(rest, 2 if slot.frozen_bytes else 1))

@@ -35,14 +35,14 @@ class Running:
         snapshot: SnapshotId,
         slot: Slot,
         jobs: CopyJobs,
-        grant: int,
-        number: int,
+        grant: m.Grant,
         objects: bytes,
+        replicas: dict[int, int],
         started: float,
     ) -> None:
         self._settle, self.snapshot = settle, snapshot
-        self.slot, self.jobs, self.grant, self.number = slot, jobs, grant, number
-        self.objects, self.started = objects, started
+        self.slot, self.jobs, self.grant = slot, jobs, grant
+        self.objects, self.replicas, self.started = objects, replicas, started
         self.crcs: npt.NDArray[np.uint32] = np.zeros(len(jobs.catalog), np.uint32)
 
     def complete(self, stall_s: float | None = None) -> None:
@@ -50,11 +50,11 @@ class Running:
         self.jobs.spread(self.crcs)
         self.slot.commit(self.snapshot, self.crcs, self.objects)
         stall = time.perf_counter() - self.started if stall_s is None else stall_s
-        self._settle(m.Captured(self.grant, self.snapshot.step, self.number, stall))
+        self._settle(m.Captured(self.grant.step, self.snapshot.step, self.grant.slot, stall, self.replicas))
 
     def missed(self, reason: m.Reason) -> None:
         """The slot holds nothing whole."""
-        self._settle(m.Missed(self.grant, reason))
+        self._settle(m.Missed(self.grant.step, reason))
 
 
 class Window:

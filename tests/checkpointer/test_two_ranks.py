@@ -324,3 +324,32 @@ def lengths(store: str) -> int:
     with ckptd.Checkpointer(training.state, store) as checkpointer:
         checkpointer.restore()
     return len(training.state["notes"]["text"])
+
+
+def test_what_is_taken_for_a_replica_and_is_none(home: Home) -> None:
+    """Weights that drift apart are seen at the first snapshot; from then on each rank's are kept, and come back."""
+    trained = values(pair(home, drifts_apart, home.store()))
+    assert trained[0] != trained[1]
+    assert values(pair(home, comes_back, home.store())) == trained
+    stored = ckptd.open(home.store())
+    stored.verify()
+    assert stored.read("model/weight").tolist() == trained[0]
+
+
+def drifts_apart(store: str) -> Any:
+    training = Training()
+    with ckptd.Checkpointer(training.state, store) as checkpointer:
+        for step in checkpointer.steps(6):
+            if step > 2:
+                checkpointer.snapshot()
+            training.step()
+            with torch.no_grad():
+                training.model.weight += rank()
+    return training.weights
+
+
+def comes_back(store: str) -> Any:
+    training = Training()
+    with ckptd.Checkpointer(training.state, store) as checkpointer:
+        assert checkpointer.restore() == 6
+        return training.weights

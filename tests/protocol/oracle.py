@@ -3,6 +3,7 @@
 - A sealed snapshot is held whole, in slots that no living process may write to: not by a copy under way, not by a
   grant that it has not answered, be it a zombie or not.
 - No slot is in use twice.
+- In a sealed snapshot, what ranks have found to be the same is the same.
 - What was announced sealed in the live epoch is still there, or something newer is.
 - What a Promise offered is there until the next Begin; the restore point until the first seal of its epoch.
 - Durable means committed.
@@ -89,6 +90,11 @@ class Oracle:
         for granted in table.granted:
             used += [granted.slots[r] for r in (granted.silent if granted.dead else granted.slots)]
         for sealed in table.sealed:
+            found = {
+                memory.common for number in sealed.slots.values() if (memory := node.slots.get(number)) is not None
+            }
+            if len(found - {None}) > 1:
+                raise BrokenPromiseError(f"{sealed.snapshot} is sealed; what its ranks have in common differs: {found}")
             used += sealed.slots.values()
             for rank, number in sealed.slots.items():
                 memory = node.slots.get(number)
@@ -104,8 +110,8 @@ class Oracle:
     def _check_writer(self, trainer: Trainer, held: dict[Memory, SnapshotId]) -> None:
         if trainer.copy is not None and trainer.copy.memory in held:
             raise BrokenPromiseError(f"{trainer.hello.instance} is copying into {held[trainer.copy.memory]}")
-        for grant, number in trainer.grants.items():
-            memory = trainer.slots.get(number)
+        for grant, message in trainer.grants.items():
+            memory = trainer.slots.get(message.slot)
             if grant not in trainer.outcomes and memory in held:
                 raise BrokenPromiseError(
                     f"{trainer.hello.instance} may write into {held[memory]} under its grant {grant}"

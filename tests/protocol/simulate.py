@@ -411,6 +411,8 @@ class Simulation:
             )
             process = Proc(launch, None, (self._identity, 1))  # type: ignore[arg-type]
             process.trainer = Trainer(hello, lambda message, memory, p=process: self._say(p, message, memory))
+            if self.faults and self.random.random() < self.danger:
+                process.trainer.common = 2 + rank
             launch.processes.append(process)
             self.processes.append(process)
 

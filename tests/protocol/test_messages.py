@@ -50,6 +50,8 @@ PLAIN: dict[str, Any] = {
     "create": [2],
     "level": Level.SEALED,
     "report": {"slots": [{"bytes": 1}]},
+    "compare": True,
+    "replicas": {7: 2**32 - 1},
 }
 
 
@@ -107,6 +109,9 @@ def packet(kind: type[m.Message], **fields: Any) -> bytes:
         packet(m.Begin, policy={**POLICY, "linger_s": -1.0}),
         packet(m.Layout, slot_bytes=0),
         packet(m.Layout, slot_bytes=2**60),
+        packet(m.Layout, frozen_bytes=-1),
+        packet(m.Captured, replicas={1: 2**32}),
+        packet(m.Captured, replicas=dict.fromkeys(range(1025), 1)),
         m.encode(m.Status()) + b"\x00",
         b"\x00" * (m.MAX_PACKET + 1),
     ],
@@ -204,6 +209,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "instance": st.sampled_from(["a1", "b1", "a2", "q"]),
     "digest": st.sampled_from(["d", "e"]),
     "slot_bytes": st.sampled_from([1, 2**45]),
+    "frozen_bytes": st.sampled_from([0, 1, 2**45]),
+    "replicas": st.sampled_from([{}, {1: 1}, {1: 2}, {0: 0, 1: 1}]),
     "step_s": SECONDS,
     "stall_s": SECONDS,
     "reason": st.sampled_from(typing.get_args(m.Reason)),

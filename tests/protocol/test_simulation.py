@@ -82,14 +82,24 @@ def test_mixing_steps_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainers that use a late grant for a later step, and a machine that takes different steps for one snapshot."""
     monkeypatch.setattr(Trainer, "heeds_lateness", False)
 
-    def answer(self: SlotTable, granted: Granted, rank: int, step: int | None) -> None:
+    def answer(self: SlotTable, granted: Granted, rank: int, step: int | None, replicas: object = None) -> bool:
         if rank in granted.writers and rank not in granted.outcome:
             granted.outcome[rank] = step is not None
             granted.dead = granted.dead or step is None
             granted.step = granted.step or step
+        return True
 
     monkeypatch.setattr(SlotTable, "answer", answer)
     breaks("is sealed; slot")
+
+
+def test_believing_replicas_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the ranks say of what they have in common is not looked at."""
+    answer = SlotTable.answer
+    monkeypatch.setattr(
+        SlotTable, "answer", lambda self, granted, rank, step, _=None: answer(self, granted, rank, step)
+    )
+    breaks("have in common differs")
 
 
 def test_late_grants_are_no_danger(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckptd.core.types import Epoch, SnapshotId
-from ckptd.protocol.layouts import Allotment, allot
+from ckptd.protocol.layouts import Allotment, distribute
 from ckptd.protocol.messages import Layout
 from ckptd.protocol.slots import Granted, Sealed, SlotTable
 from tests.protocol.transcript import epoch
@@ -131,24 +131,24 @@ def test_retired_slots_are_idle_and_fit_nobody() -> None:
 def test_allotted_as_many_as_memory_allows() -> None:
     """Three a rank, else two, else none; what fits is used again."""
     layouts = [Layout(1, "d", 100), Layout(1, "d", 100)]
-    assert allot(SlotTable(), E1, layouts, 3, 600) == [Allotment([], [1, 2, 3]), Allotment([], [4, 5, 6])]
-    assert allot(SlotTable(), E1, layouts, 3, 599) == [Allotment([], [1, 2]), Allotment([], [3, 4])]
-    assert allot(SlotTable(), E1, layouts, 3, 399) is None
-    assert allot(table(2, 2), E1, layouts, 3, 200) == [Allotment([1, 2], [5]), Allotment([3, 4], [6])]
-    assert allot(table(2, 2), E1, layouts, 3, 0) == [Allotment([1, 2], []), Allotment([3, 4], [])]
+    assert distribute(SlotTable(), E1, layouts, 3, 600) == [Allotment([], [1, 2, 3]), Allotment([], [4, 5, 6])]
+    assert distribute(SlotTable(), E1, layouts, 3, 599) == [Allotment([], [1, 2]), Allotment([], [3, 4])]
+    assert distribute(SlotTable(), E1, layouts, 3, 399) is None
+    assert distribute(table(2, 2), E1, layouts, 3, 200) == [Allotment([1, 2], [5]), Allotment([3, 4], [6])]
+    assert distribute(table(2, 2), E1, layouts, 3, 0) == [Allotment([1, 2], []), Allotment([3, 4], [])]
 
 
 def test_slots_in_the_making_count() -> None:
     """A second survey of the same layout does not make them twice."""
     made = table(1, 2)
     made.slots[1].ready = False
-    assert allot(made, E1, [Layout(2, "d", 100)], 2, 0) == [Allotment([1], [2])]
+    assert distribute(made, E1, [Layout(2, "d", 100)], 2, 0) == [Allotment([1], [2])]
 
 
 def test_more_slots_than_wanted_are_surplus() -> None:
     """They are not granted any more, and go when idle."""
     made = table(1, 3)
-    assert allot(made, E1, [Layout(1, "d", 100)], 2, 0) == [Allotment([1, 2], [])]
+    assert distribute(made, E1, [Layout(1, "d", 100)], 2, 0) == [Allotment([1, 2], [])]
     assert [slot.slot for slot in made.retire({0: "d"})] == [3]
 
 
@@ -157,7 +157,7 @@ def test_quarantined_slots_are_left_to_zombies() -> None:
     layouts = [Layout(1, "d", 100)]
     made = table(1, 3)
     grant(made, 5, {0: 2}, of=E1).dead = True
-    assert allot(made, E2, layouts, 3, 100) == [Allotment([1, 3], [4])]
+    assert distribute(made, E2, layouts, 3, 100) == [Allotment([1, 3], [4])]
     assert made.get(2) is not None
     made.writer_ended("p0")
     list(made.seal())
@@ -165,4 +165,4 @@ def test_quarantined_slots_are_left_to_zombies() -> None:
 
     made = table(1, 2)
     grant(made, 5, {0: 2}, of=E1).dead = True
-    assert allot(made, E2, layouts, 3, 0) == [Allotment([1, 2], [])]
+    assert distribute(made, E2, layouts, 3, 0) == [Allotment([1, 2], [])]

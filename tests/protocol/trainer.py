@@ -17,11 +17,13 @@ SLOT_BYTES = 1000
 
 @dataclasses.dataclass(eq=False)
 class Memory:
-    """One memfd. `content`: what it holds whole; `writer`: the process that is copying into it."""
+    """One memfd. `content`: what it holds whole; `common`: what it has in common with other ranks' memory, if they
+    compare; `writer`: the process that is copying into it."""
 
     rank: int
     digest: str
     content: SnapshotId | None = None
+    common: int | None = None
     writer: str | None = None
 
 
@@ -33,6 +35,7 @@ class Copy:
     slot: int
     step: int
     memory: Memory
+    compare: bool
 
 
 Say = Callable[[m.Message, Memory | None], None]
@@ -49,10 +52,13 @@ class Trainer:
         self.rank = hello.rank
         self.version = 0
         """Of the state's layout; the training script may change it."""
+        self.common: int | None = 1
+        """What this rank and others take for the same; None once they know that it is not."""
+        self.compared = False
         self.step = hello.restore_point.step if hello.restore_point is not None else 0
         self.slots: dict[int, Memory] = {}
         self.making: list[tuple[str, int, Memory | None]] = []
-        self.grants: dict[int, int] = {}
+        self.grants: dict[int, m.Grant] = {}
         self.outcomes: dict[int, m.Captured | m.Missed] = {}
         self.copy: Copy | None = None
         self.survey: int | None = None
@@ -83,10 +89,13 @@ class Trainer:
         generation, self.survey = self.survey, None
         if generation is not None:
             self.pieces = (generation, self.version)
+            if self.compared and self.common != 1:
+                self.common = None
             self.say(m.Pieces(generation), None)
         grant = self._due()
         if grant is not None:
-            self._captures(grant, self.grants[grant])
+            granted = self.grants[grant]
+            self._captures(grant, granted.slot, granted.compare)
 
     def _due(self) -> int | None:
         self.passed = max(self.passed, self.step)
@@ -95,13 +104,13 @@ class Trainer:
             self.settle(m.Missed(grant, "revoked"))
         return due[-1] if due else None
 
-    def _captures(self, grant: int, slot: int) -> None:
+    def _captures(self, grant: int, slot: int, compare: bool) -> None:
         memory = self.slots.get(slot)
         if memory is None or self.layout is None or self.layout[1] != self.digest:
             self.settle(m.Missed(grant, "layout"))
             return
-        memory.content, memory.writer = None, self.hello.instance
-        self.copy = Copy(grant, slot, self.step, memory)
+        memory.content, memory.writer, memory.common = None, self.hello.instance, None
+        self.copy = Copy(grant, slot, self.step, memory, compare)
 
     def copied(self, reason: m.Reason | None) -> None:
         """The copy under way is complete, or was given up."""
@@ -110,7 +119,10 @@ class Trainer:
         copy.memory.writer = None
         if reason is None:
             copy.memory.content = SnapshotId(self.epoch, copy.step)
-            self.settle(m.Captured(copy.grant, copy.step, copy.slot, 0.0))
+            copy.memory.common = self.common if copy.compare else None
+            self.compared = self.compared or copy.compare
+            said = {} if copy.memory.common is None else {0: copy.memory.common}
+            self.settle(m.Captured(copy.grant, copy.step, copy.slot, 0.0, said))
         else:
             self.settle(m.Missed(copy.grant, reason))
 
@@ -203,7 +215,7 @@ class Trainer:
         if again and self.requested == message.step:
             del self.outcomes[message.step]
             known = None
-        self.grants[message.step] = message.slot
+        self.grants[message.step] = message
         if known is not None:
             self.say(known, None)
         elif self.heeds_lateness and message.step <= self.passed and message.step != self.requested:

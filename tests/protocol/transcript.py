@@ -121,8 +121,8 @@ class Script:
             given.setdefault("generation", self.machine.state.generation)
         if kind is m.Pieces:
             given.setdefault("generation", self.machine.state.generation)
-        values = {f.name: given.get(f.name, usual.get(f.name, f.default)) for f in known}
-        return kind(**values)
+        values = {**usual, **given}
+        return kind(**{field.name: values[field.name] for field in known if field.name in values})
 
     def _event(self, head: str, rest: str) -> None:
         machine, now = self.machine, self.now_s
@@ -219,7 +219,8 @@ def shown(found: Any) -> str:
         case str():
             return repr(str(found))
         case msgspec.Struct():
-            parts = ((f.name, getattr(found, f.name)) for f in msgspec.structs.fields(found))
+            every = [(f, getattr(found, f.name)) for f in msgspec.structs.fields(found)]
+            parts = [(f.name, item) for f, item in every if item or f.default is not False]
             return " ".join([type(found).__name__, *(f"{name}={shown(item)}" for name, item in parts)])
         case _:
             return repr(found)
