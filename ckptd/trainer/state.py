@@ -87,12 +87,6 @@ class AppState:
         entries = (self._walk or _Walk(self._state)).modules.entries
         return frozenset(entry.key for entry in entries if entry.parameter and not entry.tensor.requires_grad)
 
-    def frozen(self) -> frozenset[str]:
-        """Keys of parameters of modules that need no gradient. Who takes them for constant must watch them: an average
-        of weights needs none either."""
-        entries = (self._walk or _Walk(self._state)).modules.entries
-        return frozenset(entry.key for entry in entries if entry.parameter and not entry.tensor.requires_grad)
-
     def objects(self) -> dict[str, bytes]:
         """Path -> encoded value of all that is not a tensor, the global generators included (`rng/...`).
 
