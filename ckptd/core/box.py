@@ -64,10 +64,12 @@ def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def padded(rows: Sequence[Sequence[int]], width: int, fill: int) -> Ints:
-    """Rows of up to `width` numbers as one array, filled up with `fill`."""
-    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+def padded(rows: Sequence[Sequence[int]], width: int, fill: int, lengths: Ints | None = None) -> Ints:
+    """Rows of up to `width` numbers as one array, filled up with `fill`. `lengths`: how many numbers, where known."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows)) if lengths is None else lengths
     numbers = np.fromiter(itertools.chain.from_iterable(rows), np.int64, int(lengths.sum()))
+    if len(numbers) == len(rows) * width:
+        return numbers.reshape(len(rows), width)
     array = np.full((len(rows), width), fill, np.int64)
     array[np.arange(width) < lengths[:, None]] = numbers
     return array
@@ -132,6 +134,8 @@ def cut_boxes(offsets: Ints, sizes: Ints, itemsize: Ints, chunk_bytes: int = CHU
     split = np.full(count, width - 1)
     # In floating point no product wraps around; where it matters it is small and exact.
     whole = np.prod(sizes, axis=1, dtype=np.float64) * itemsize <= chunk_bytes
+    if whole.all():
+        return np.arange(count), offsets.copy(), sizes.copy()
     for dimension in range(width - 1, 0, -1):
         fits = ~whole & (split == dimension) & (inner.astype(np.float64) * sizes[:, dimension] <= chunk_bytes)
         inner[fits] *= sizes[fits, dimension]

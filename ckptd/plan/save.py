@@ -34,6 +34,8 @@ PAGE_ALIGNED_FROM_BYTES = 2**20
 
 PER_RANK = "per_rank"
 
+_KEY_LIMIT = 2**62
+
 _FEW_HOLDERS = 32
 """Up to so many holders Python finds the least loaded one faster than NumPy."""
 
@@ -135,15 +137,17 @@ class _Held(NamedTuple):
         shape_of_kind = padded([shape for _, _, shape, _ in names], width, 1)
         dimensions_of_kind = np.array([len(shape) for _, _, shape, _ in names], np.int64)
         offsets, sizes = [piece.offsets for piece in every], [piece.sizes for piece in every]
+        lengths = dimensions_of_kind[kind]
         fits = np.ones(count, bool)
         for column in (offsets, sizes):
-            fits &= np.fromiter(map(len, column), np.int64, count) == dimensions_of_kind[kind]
+            fits &= np.fromiter(map(len, column), np.int64, count) == lengths
         if not fits.all():
+            lengths[~fits] = 0
             offsets, sizes = (
                 [c if f else () for c, f in zip(column, fits, strict=True)] for column in (offsets, sizes)
             )
-        low, extent, shape = padded(offsets, width, 0), padded(sizes, width, 1), shape_of_kind[kind]
-        inside = fits & ((low >= 0) & (extent >= 0) & (extent <= shape) & (low <= shape - extent)).all(axis=1)
+        low, extent = padded(offsets, width, 0, lengths), padded(sizes, width, 1, lengths)
+        inside = fits & ((low >= 0) & (extent >= 0) & (low <= shape_of_kind[kind] - extent)).all(axis=1)
         return cls(
             infos=[TensorInfo(key, dtype, shape) for key, dtype, shape, _ in chosen],
             shared=np.array([share != PER_RANK for *_, share in chosen], bool),
@@ -203,36 +207,43 @@ def _shared_boxes(held: _Held) -> _Shared:
     """Copies of shards are one box. Empty shards count only for empty tensors, as the whole of them."""
     empty = (held.shapes == 0).any(axis=1)[held.tensor]
     chosen = np.flatnonzero(held.shared[held.tensor] & (empty | (held.sizes > 0).all(axis=1)))
-    tensor, rank, empty = held.tensor[chosen], held.rank[chosen], empty[chosen, None]
-    low = np.where(empty, 0, held.low[chosen])
-    sizes = np.where(empty, held.shapes[tensor], held.sizes[chosen])
-    columns = [tensor, *low.T, *sizes.T]
-    order = _by(columns)
-    alike = _alike_before([column[order] for column in columns])
-    order = order[~(alike & (np.diff(rank[order], prepend=-1) == 0))]
-    first = np.flatnonzero(~_alike_before([column[order] for column in columns]))
-    box = order[first]
-    return _Shared(tensor[box], low[box], sizes[box], np.append(first, len(order)), rank[order])
+    tensor, low, sizes, empty = (column[chosen] for column in (held.tensor, held.low, held.sizes, empty))
+    if empty.any():
+        low[empty], sizes[empty] = 0, held.shapes[tensor[empty]]
+    order = _by([tensor, *low.T, *sizes.T])
+    tensor, low, sizes, rank = (column[order] for column in (tensor, low, sizes, held.rank[chosen]))
+    alike = np.ones(len(order), bool)
+    alike[:1] = False
+    for column in (tensor, *low.T, *sizes.T):
+        alike[1:] &= column[1:] == column[:-1]
+    again = np.flatnonzero(alike & (np.diff(rank, prepend=-1) == 0))  # twice on one rank
+    if len(again):
+        tensor, low, sizes, rank, alike = (np.delete(c, again, axis=0) for c in (tensor, low, sizes, rank, alike))
+    box = np.flatnonzero(~alike)
+    return _Shared(tensor[box], low[box], sizes[box], np.append(box, len(rank)), rank)
 
 
 def _by(columns: Sequence[Ints]) -> Ints:
-    """The stable order of rows by columns, the first one first. Those that do not vary cost nothing."""
-    varied = [column for column in columns if len(column) and (column != column[0]).any()]
-    return np.lexsort(varied[::-1]) if varied else np.arange(len(columns[0]))
-
-
-def _alike_before(columns: Sequence[Ints]) -> npt.NDArray[np.bool_]:
-    """Of sorted rows, those that are like the one before."""
-    alike = np.ones(len(columns[0]), bool)
-    alike[:1] = False
+    """The stable order of rows by columns, the first one first. Columns that do not vary cost nothing, the others one
+    sort of numbers made of them all, unless these would be too large."""
+    if not len(columns[0]):
+        return np.zeros(0, np.int64)
+    key = np.zeros(len(columns[0]), np.int64)
+    bound = 1
     for column in columns:
-        alike[1:] &= column[1:] == column[:-1]
-    return alike
+        least, most = int(column.min()), int(column.max())
+        bound *= most - least + 1
+        if bound > _KEY_LIMIT:
+            return np.lexsort(columns[::-1])
+        if most > least:
+            key *= most - least + 1
+            key += column - least
+    return np.argsort(key, kind="stable")
 
 
 def _check_coverage(held: _Held, shared: _Shared) -> None:
     """ConfigError that lists the tensors of which some elements are on no rank."""
-    asked = np.unique(held.tensor[held.shared[held.tensor]])
+    asked = np.flatnonzero(held.shared)
     asked = asked[(held.shapes[asked] != 0).all(axis=1)]
     first = np.concatenate([np.zeros(1, np.int64), np.searchsorted(shared.tensor, np.arange(len(held.infos)), "right")])
     shape = held.shapes[asked]

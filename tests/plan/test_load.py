@@ -240,6 +240,49 @@ def test_columns_that_cannot_be_filled() -> None:
         plan_boxes(catalog, [0, 0, 0], [[0, 0], [3, 0], [2, 1]], [[2, 2], [0, 2], [2, 1]], what="there")
 
 
+@st.composite
+def bad_catalogs(draw: st.DrawFn) -> tuple[Catalog, list[Want], int]:
+    """Chunks anywhere: over each other, twice, empty, with gaps between them, some of single ranks; and any wants."""
+
+    def box(shape: tuple[int, ...]) -> Box:
+        low = tuple(draw(st.integers(0, size)) for size in shape)
+        return Box(low, tuple(draw(st.integers(0, size - start)) for start, size in zip(low, shape, strict=True)))
+
+    entries, wants = [], []
+    for number in range(draw(st.integers(1, 3))):
+        name = (f"t{number}", "int16", tuple(draw(st.lists(st.integers(1, 5), max_size=3))))
+        for _ in range(draw(st.integers(1, 9))):
+            chunk = draw(st.sampled_from([Box.whole(name[2]), box(name[2]), box(name[2])]))
+            rank = draw(st.sampled_from([ALL_RANKS, ALL_RANKS, ALL_RANKS, 0, 1]))
+            entries += [(*name, chunk, rank)] * draw(st.sampled_from([1, 1, 2]))
+        wants += [Want(*name, box(name[2])) for _ in range(draw(st.integers(0, 4)))]
+    return catalog_of(*entries), draw(st.permutations(wants)), draw(st.sampled_from([ALL_RANKS, 0, 1]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(bad_catalogs())
+def test_what_can_be_filled_is_and_the_rest_is_named(case: tuple[Catalog, list[Want], int]) -> None:
+    catalog, wants, rank = case
+    plan, differences = plan_partially(catalog, wants, rank=rank)
+    lacking = 0
+    for index, want in enumerate(wants):
+        rows = np.asarray(catalog.rows(want.key))
+        served = (
+            rows[catalog.rank[rows] == rank] if (catalog.rank[rows] == rank).any() else rows[catalog.rank[rows] == -1]
+        )
+        held = np.zeros(want.shape, int)
+        for row in served.tolist():
+            held[slices(catalog.offsets[row], catalog.sizes[row], len(want.shape))] = 1
+        inside = np.zeros(want.shape, int)
+        inside[slices(*(np.array(column, np.int64) for column in want.box), len(want.shape))] = 1
+        filled = bool((held >= inside).all())
+        lacking += not filled
+        assert np.array_equal(reads_of(plan, catalog, index, want.shape), inside * filled)
+        assert np.isin(plan.row[plan.want == index], served).all()
+    assert len(differences) == lacking
+    assert (np.diff(plan.want) >= 0).all()
+
+
 def test_more_chunks_over_each_other_than_are_sorted_out() -> None:
     """Chunks that a checkpoint of ours never has: refused, whether they are wanted by one or by many."""
     count = cover.MAX_OVERLAPPING + 1
