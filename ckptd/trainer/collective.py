@@ -136,6 +136,24 @@ class Group:
         assert self._handle is not None
         return dist.get_global_rank(self._handle, rank)
 
+    def from_first(self, work: Callable[[], bytes]) -> bytes:
+        """Does `work` on rank 0; what it gave there, on every rank, or its error as from `together`."""
+        if self.rank != 0:
+            answer = msgspec.msgpack.decode(self.broadcast(None), type=_Answer)
+            if answer.error:
+                raise _error_type(answer.error)(f"rank 0: {answer.message}")
+            return answer.value
+        failure: Exception | None = None
+        try:
+            answer = _Answer(work())
+        except Exception as error:  # every rank must hear of it before it goes on
+            failure = error
+            answer = _spoken(error)
+        self.broadcast(msgspec.msgpack.encode(answer))
+        if failure is not None:
+            raise failure
+        return answer.value
+
     def _all_gather(self, data: bytes) -> list[bytes]:
         """Lengths with what fits beside them; a second exchange only where something is longer."""
         head = np.zeros(_HEAD_BYTES, np.uint8)

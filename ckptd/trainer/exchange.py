@@ -21,8 +21,8 @@ group does. No half is written before everybody has copied from it, since a step
 Bytes are verified where they are decoded, against the CRC-32C of the checkpoint: what came over a network too, since it
 travels as stored. Between ranks of a node they then pass through the node's memory, and are trusted as memory is.
 
-Memory beyond the targets: ROOM_BYTES twice, shared; on several nodes up to three times as much for messages; and what
-threads decode into (loading.py).
+Memory beyond the targets: ROOM_BYTES (or one chunk) for each thread, twice, shared; on several nodes up to three times
+as much for messages; and what threads decode into (loading.py).
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ from ckptd.trainer.loading import Filling, RunReader, packed, threads_for
 
 Ints = npt.NDArray[np.int64]
 
-ROOM_BYTES = 32 * 1024 * 1024
-"""What a rank decodes for others in one round; a larger unit (a chunk of a foreign writer) makes it larger."""
+ROOM_BYTES = 8 * 1024 * 1024
+"""What one thread of a rank decodes for others in a round, so that most of it is still in cache when they copy it; a
+unit that is larger, up to a chunk of 16 MiB, makes it larger."""
 
 
 @runtime_checkable
@@ -66,31 +67,11 @@ class SharedTier(RunReader, Protocol):
 
 
 class _Answer(msgspec.Struct, array_like=True):
-    """What a rank wants, as first rows and lengths of runs of rows, and whose memory it can open."""
+    """What a rank wants, as first rows and lengths of runs of rows; whose memory it can open; its threads."""
 
     rows: bytes
     opened: list[int]
-
-
-def share_metadata(group: Group, tier: SharedTier) -> None:
-    """Rank 0 reads manifest and objects, and gives them to the others. Collective; the same error on every rank."""
-    if group.size == 1:
-        return
-    read: list[bytes] = []
-
-    def get() -> bytes:
-        if group.rank == 0:
-            read.append(tier.metadata())
-        return b""
-
-    def take() -> bytes:
-        if group.rank != 0:
-            tier.adopt(given)
-        return b""
-
-    group.together(get)
-    given = group.broadcast(read[0] if read else None)
-    group.together(take)
+    threads: int
 
 
 class Exchange:
@@ -102,6 +83,7 @@ class Exchange:
         self._tier = tier
         self._filling = filling
         self._staging = Staging(group.rank)
+        self._threads = 1
         try:
             self._schedule = self._plan()
             self._share_memory()
@@ -121,42 +103,37 @@ class Exchange:
 
     def run(self) -> None:
         """Fills all targets."""
-        nodes = self._schedule.nodes
-        threads = threads_for(self._tier, nodes.count(nodes[self._group.rank]))
-        with ThreadPoolExecutor(threads, "ckptd-load") as pool:
+        with ThreadPoolExecutor(self._threads, "ckptd-load") as pool:
             _Run(self._group, self._tier, self._filling, self._schedule, self._staging, pool).steps()
 
     def _plan(self) -> Schedule:
         offers = self._group.together(self._staging.offer)
         wanted = _encoded(self._filling.rows)
-        answers = self._group.together(lambda: msgspec.msgpack.encode(_Answer(wanted, self._staging.open(offers))))
+
+        def answer() -> bytes:
+            opened = self._staging.open(offers)
+            return msgspec.msgpack.encode(_Answer(wanted, opened, threads_for(self._tier, len(opened))))
+
+        answers = self._group.together(answer)
         found = [msgspec.msgpack.decode(data, type=_Answer) for data in answers]
         rows = [_decoded(answer.rows) for answer in found]
         catalog = self._filling.catalog
         if any(len(held) and not 0 <= held[0] <= held[-1] < len(catalog) for held in rows):
             raise FormatError("the ranks have opened different checkpoints; give every rank the same path")
-        return make_schedule(catalog, rows, _nodes([answer.opened for answer in found]), ROOM_BYTES)
+        self._threads = found[self._group.rank].threads
+        room = ROOM_BYTES * max(answer.threads for answer in found)
+        return make_schedule(catalog, rows, _nodes([answer.opened for answer in found]), room)
 
     def _share_memory(self) -> None:
-        """Memory for two rounds on every rank that decodes for others; each maps that of its node."""
-        schedule, rank = self._schedule, self._group.rank
-        sharing = schedule.staging()
-        if not sharing:
-            return
+        """Memory for two rounds on every rank that decodes for others of its node."""
+        sharing = self._schedule.staging()
+        if sharing:
+            self._group.together(lambda: self._allocated(self._group.rank in sharing))
 
-        def make() -> bytes:
-            if rank in sharing:
-                self._staging.allocate(2 * schedule.room)
-            return b""
-
-        def use() -> bytes:
-            for other in sharing:
-                if schedule.nodes[other] == schedule.nodes[rank]:
-                    self._staging.map(other)
-            return b""
-
-        self._group.together(make)
-        self._group.together(use)
+    def _allocated(self, needed: bool) -> bytes:
+        if needed:
+            self._staging.allocate(2 * self._schedule.room)
+        return b""
 
 
 class _Run:

@@ -14,6 +14,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import threading
 from collections.abc import Sequence
 
 import msgspec
@@ -35,11 +36,13 @@ class _Offer(msgspec.Struct, array_like=True):
 
 
 class Staging:
-    """This rank's memory, and that of others on its node. In order: `offer`, `open`, `allocate`, `map`; `close`."""
+    """This rank's memory, and that of others on its node. In order: `offer`, `open`, `allocate`, then `memory` and
+    `tensor`, which are safe in threads; `close`."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._descriptor = -1
+        self._lock = threading.Lock()
         self._opened: dict[int, int] = {}
         self._mapped: dict[int, mmap.mmap] = {}
 
@@ -59,7 +62,9 @@ class Staging:
             if rank == self._rank or offer.node != node_name():
                 continue
             with contextlib.suppress(OSError):
-                descriptor = os.open(f"/proc/{offer.process}/fd/{offer.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+                # In another PID namespace this is something else, and opening a pipe would wait.
+                path, flags = f"/proc/{offer.process}/fd/{offer.descriptor}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+                descriptor = os.open(path, flags)
                 self._opened[rank] = descriptor
                 if os.pread(descriptor, len(offer.nonce), 0) == offer.nonce:
                     found.append(rank)
@@ -70,25 +75,21 @@ class Staging:
         os.ftruncate(self._descriptor, size)
         allocate(self._descriptor, size)
         fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        mapping = self._map(self._rank, mmap.mmap(self._descriptor, size))
+        mapping = self._map(self._rank, self._descriptor, mmap.PROT_READ | mmap.PROT_WRITE)
         with contextlib.suppress(OSError):  # an old kernel: pages are mapped one by one, when they are touched
             populate(address_of(mapping), size)
 
-    def map(self, rank: int) -> None:
-        """Maps the memory of a rank that was opened and has allocated."""
-        if rank != self._rank:
-            descriptor = self._opened[rank]
-            size = os.fstat(descriptor).st_size
-            self._map(rank, mmap.mmap(descriptor, size, prot=mmap.PROT_READ))
-
-    def _map(self, rank: int, mapping: mmap.mmap) -> mmap.mmap:
+    def _map(self, rank: int, descriptor: int, access: int) -> mmap.mmap:
+        mapping = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=access)
         mapping.madvise(mmap.MADV_DONTFORK)
         self._mapped[rank] = mapping
         return mapping
 
     def memory(self, rank: int, offset: int, size: int) -> memoryview:
-        """Part of a rank's memory; only one's own may be written."""
-        return memory_at(address_of(self._mapped[rank]) + offset, size)
+        """Part of the memory of a rank that has allocated it; only one's own may be written."""
+        with self._lock:
+            mapping = self._mapped.get(rank) or self._map(rank, self._opened[rank], mmap.PROT_READ)
+        return memory_at(address_of(mapping) + offset, size)
 
     def tensor(self, rank: int, offset: int, size: int) -> torch.Tensor:
         """The same as a tensor of bytes."""

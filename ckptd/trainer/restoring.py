@@ -27,7 +27,7 @@ from ckptd.core.errors import CkptdError, ConfigError, MismatchError, StoreError
 from ckptd.plan.load import Want, mismatch_message, plan_partially
 from ckptd.plan.share import RNG_PREFIX, objects_for, serving_rank, tensor_infos
 from ckptd.trainer.collective import Group
-from ckptd.trainer.exchange import Exchange, SharedTier, share_metadata
+from ckptd.trainer.exchange import Exchange, SharedTier
 from ckptd.trainer.loading import Filling, RowReader, RunReader, fill_alone
 from ckptd.trainer.state import AppState
 from ckptd.trainer.state_tensors import Source
@@ -104,13 +104,17 @@ def restore_state(
     asked = _Asked(strict, cast, rng, keys)
     prepared: list[_Prepared] = []
 
+    # Rank 0 reads manifest and objects for all; the others verify them as if they had read them.
+    shared = group.size > 1 and isinstance(origin, SharedTier)
+    metadata = group.from_first(origin.metadata) if shared else None
+
     def prepare() -> bytes:
+        if metadata is not None and group.rank != 0:
+            origin.adopt(metadata)
         made, differences = _prepare(app, group, origin, asked)
         prepared.append(made)
         return msgspec.msgpack.encode(differences)
 
-    if isinstance(origin, SharedTier):
-        share_metadata(group, origin)
     answers = group.together(prepare)
     report = _judge([msgspec.msgpack.decode(data, type=_Differences) for data in answers], asked, what)
     _fill(group, origin, prepared[0].filling)
