@@ -105,12 +105,12 @@ def restore_state(
     prepared: list[_Prepared] = []
 
     # Rank 0 reads manifest and objects for all; the others verify them as if they had read them.
-    shared = group.size > 1 and isinstance(origin, SharedTier)
-    metadata = group.from_first(origin.metadata) if shared else None
+    shared = origin if group.size > 1 and isinstance(origin, SharedTier) else None
+    metadata = b"" if shared is None else group.from_first(shared.metadata)
 
     def prepare() -> bytes:
-        if metadata is not None and group.rank != 0:
-            origin.adopt(metadata)
+        if shared is not None and group.rank != 0:
+            shared.adopt(metadata)
         made, differences = _prepare(app, group, origin, asked)
         prepared.append(made)
         return msgspec.msgpack.encode(differences)
