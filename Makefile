@@ -1,18 +1,19 @@
-# Verbs: demo, test, lint, bench, clean. Each prepares the virtual environment first; that is slow only once.
+# Verbs: demo, test, lint, sanitize, bench, clean. Each prepares the virtual environment first; that is slow only once.
 
 PYTHON ?= python3
 # On a machine that should not fetch the CUDA build:  make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
-PYTEST_FLAGS ?= -n 2
+PYTEST_FLAGS ?= -n 2 --dist loadgroup
 
 VENV := .venv
+SANITIZED := .venv-sanitized
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE := $(wildcard CMakeLists.txt csrc/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.c csrc/*.h)
 
-.PHONY: demo test lint bench clean install
+.PHONY: demo test lint sanitize bench clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -27,6 +28,21 @@ lint: install
 	$(BIN)/mypy --strict ckptd
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+# The tests of the extension against a build with AddressSanitizer and UndefinedBehaviorSanitizer, in an environment of
+# its own. The interpreter is not built with them, so their runtime has to be there before it; it never frees everything.
+sanitize: $(SANITIZED)/installed
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(SANITIZED)/bin/python -m pytest --noconftest -p no:cacheprovider tests/native
+
+$(SANITIZED)/installed: pyproject.toml $(NATIVE)
+	$(PYTHON) -m venv $(SANITIZED)
+	$(SANITIZED)/bin/python -m pip --disable-pip-version-check --quiet install 'scikit-build-core>=0.10' 'nanobind>=2.4' \
+		cmake ninja numpy psutil pyeclib pytest hypothesis
+	$(SANITIZED)/bin/python -m pip --disable-pip-version-check --quiet install --no-build-isolation --no-deps \
+		-C cmake.define.CKPTD_SANITIZE=address,undefined --editable .
+	@touch $@
 
 bench: install
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
@@ -47,5 +63,5 @@ $(VENV)/installed: $(VENV)/torch-installed pyproject.toml $(NATIVE)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist bench-results demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(SANITIZED) build dist bench-results demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,8 @@ from tests.api.world import World, succeeded
 from tests.layouts.conftest import Saved
 from tests.layouts.ranks import EVERY, LAYOUTS, VARIANTS, load_all, resume
 
+pytestmark = pytest.mark.xdist_group("layouts")  # one set of worlds for all
+
 
 def sources(name: str) -> list[str]:
     """Whose checkpoints a layout loads; it takes steps from the last, which is another one for each."""

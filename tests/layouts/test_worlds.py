@@ -21,6 +21,8 @@ import ckptd
 from tests.api.world import World, succeeded
 from tests.layouts.model import HIDDEN, WIDTH, Layer
 
+pytestmark = pytest.mark.xdist_group("layouts")  # one set of worlds for all
+
 
 def rank_and_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
