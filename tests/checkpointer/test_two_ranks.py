@@ -353,3 +353,42 @@ def comes_back(store: str) -> Any:
     with ckptd.Checkpointer(training.state, store) as checkpointer:
         assert checkpointer.restore() == 6
         return training.weights
+
+
+def test_another_number_of_ranks_goes_on_from_memory(home: Home) -> None:
+    """One process takes what two ranks left in memory, and two take what one left."""
+    first = [child.end() for child in pair(home, goes_on, home.store(), 3)]
+    second = Child(home.environment, home.folder / "log", goes_on, home.store(), 5).end()
+    third = [child.end() for child in pair(home, goes_on, home.store(), 7)]
+    assert [end.value for end in first] == [(0, seeded(0))] * 2
+    assert second.value == (3, seeded(3)), second.stderr
+    assert "from memory" in second.stderr
+    assert [end.value for end in third] == [(5, seeded(5))] * 2
+    assert "from memory" in third[0].stderr
+    home.stop()
+
+
+def goes_on(store: str, at: int) -> Any:
+    """What was restored. Captures step `at`, then ends with an error, so that the daemon stays."""
+    training, found = Training(), None
+    try:
+        with ckptd.Checkpointer(training.state, store, flush_every=None) as checkpointer:
+            found = checkpointer.restore(), training.weights
+            for step in checkpointer.steps(at + 1):
+                if step == at + 1:
+                    checkpointer.snapshot()
+                    raise ArithmeticError
+                torch.manual_seed(step)
+                training.step()
+    except ArithmeticError:
+        pass
+    return found
+
+
+def seeded(steps: int) -> list[list[float]]:
+    """The weights after so many steps of a training whose inputs depend on the step alone."""
+    training = Training()
+    for step in range(1, steps + 1):
+        torch.manual_seed(step)
+        training.step()
+    return training.weights
