@@ -156,7 +156,8 @@ class Daemon:
         except FormatError as error:
             log.error("slot %d is lost: %s", number, error)
             _close_all([descriptor] if region is None else [descriptor, region])
-            self._drop(number)
+            for name in _kept_names(number):
+                self._keeper.drop(name)
 
     def _recover(self) -> NodeState:
         """The state of the daemon before us, as far as its slots came over; else a new one."""
@@ -175,10 +176,12 @@ class Daemon:
 
     def _drop(self, number: int) -> None:
         """Lets go of a slot."""
-        self._keeper.drop(f"slot/{number}")
-        self._keeper.drop(f"frozen/{number}")
-        if (slot := self._slots.pop(number, None)) is not None:
-            slot.close()
+        slot = self._slots.pop(number, None)
+        if slot is None:
+            return
+        for name, _ in zip(_kept_names(number), slot.descriptors, strict=False):
+            self._keeper.drop(name)
+        slot.close()
 
     def _kept(self) -> dict[str, int]:
         found = {"ledger": self._ledger.descriptor}
