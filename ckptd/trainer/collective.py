@@ -100,20 +100,19 @@ class Group:
             raise _error_type(other.error)(where + other.message) from failure
         return [other.value for other in answers]
 
-    def agree(self, failure: Exception | None) -> None:
-        """Raises, on every rank as `together` does, if any rank brings a failure. For frequent use: costs one small
-        message to and from each rank, so that each hears of the death of any other through its own connection."""
-        if self._handle is not None:
-            mine = torch.full((self.size,), int(failure is not None), dtype=torch.int64)
-            theirs = torch.empty_like(mine)
-            try:
-                dist.all_to_all_single(theirs, mine, group=self._handle)
-            except RuntimeError as error:
-                raise self._lost(error) from (failure or error)
-            if not bool(theirs.any()):
-                return
-        if failure is not None or self._handle is not None:
-            self.together(lambda: _raised(failure))
+    def agree(self, failure: Exception | None) -> Agreement:
+        """Asks whether any rank brings a failure; the answer is waited for in `Agreement.result`, before the next
+        exchange. For frequent use: costs one small message to and from each rank, so that each hears of the death of
+        any other through its own connection."""
+        if self._handle is None:
+            return Agreement(self, failure, None, None)
+        mine = torch.full((self.size,), int(failure is not None), dtype=torch.int64)
+        theirs = torch.empty_like(mine)
+        try:
+            work = dist.all_to_all_single(theirs, mine, group=self._handle, async_op=True)
+        except RuntimeError as error:
+            raise self._lost(error) from (failure or error)
+        return Agreement(self, failure, theirs, work)
 
     def swap(self, sent: Sequence[Message], received: Sequence[Message]) -> None:
         """Sends and receives all at once; returns when all have arrived. The other ranks do their side at the same
@@ -192,6 +191,28 @@ class Group:
             f"rank {self.rank} of {self.size}: another rank did not take part in an exchange of ckptd; it has died, "
             f"hangs, or called something else. gloo says: {error}"
         )
+
+
+class Agreement:
+    """What `Group.agree` asked."""
+
+    def __init__(
+        self, group: Group, failure: Exception | None, theirs: torch.Tensor | None, work: dist.Work | None
+    ) -> None:
+        self._group = group
+        self._failure = failure
+        self._theirs = theirs
+        self._work = work
+
+    def result(self) -> None:
+        """Returns if no rank brought a failure; raises on every rank, as `together` does, if any has."""
+        if self._work is not None:
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                raise self._group._lost(error) from (self._failure or error)
+        if self._failure is not None or (self._theirs is not None and bool(self._theirs.any())):
+            self._group.together(lambda: _raised(self._failure))
 
 
 def _raised(failure: Exception | None) -> bytes:

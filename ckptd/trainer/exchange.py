@@ -1,28 +1,34 @@
 """Loading by several ranks together: each byte is read from the store once, and passed on to whoever wants it.
 
 Every rank says which rows it wants; all compute one schedule (exchange_schedule.py) and carry it out in rounds. In step
-s of a job on several nodes a rank
+s of a job on one node a rank
+
+    decodes   its units of round s from the store, into one third of memory that the ranks of its node share
+              (exchange_staging.py)
+    awaits    that all ranks have done step s-1
+    copies    into its targets what the others decoded in step s-1, out of another third
+    says      that it has done step s
+
+and in between reads what it alone wants, straight into the targets. On several nodes a step is longer: a rank
 
     fetches   what is stored of its units of round s that other nodes want, from the store
+    awaits    that all ranks have done step s-1
     swaps     what was fetched in step s-1: one message per unit and node, as stored, over gloo
-    decodes   its units of round s-1, into one half of memory that the ranks of its node share (exchange_staging.py),
-              or straight into the target where nobody else on the node wants them; on one node from the store
-    copies    into its targets what the others decoded in step s-1, out of the other half
-    agrees    with all ranks that the step went well
+    decodes   its units of round s-1; straight into the targets what nobody else on its node wants
+    copies    what the others decoded in step s-1, of round s-2
+    says      that it has done step s
 
-and in between, what it alone wants. Without other nodes fetching and swapping fall away.
-
-Nobody can wait for ever. Each step ends with `Group.agree`, which every rank reaches whatever went wrong on it, because
-within a step it waits for nothing but its own threads and for messages that their senders have in hand: they were
-fetched in the step before, and all agreed since. So a failure of one rank is raised on all at the end of the step. A
-rank that dies closes its connections, which ends `swap` and `agree` on all others; one that hangs, the timeout of the
-group does. No half is written before everybody has copied from it, since a step lies between.
+Nobody can wait for ever. What a rank says (`Group.agree`) it says whatever went wrong on it, because within a step it
+waits for nothing but its own threads, the word of others on the step before, and messages that their senders have in
+hand: they were fetched in that step. So a failure of one rank is raised on all before the next step ends. A rank that
+dies closes its connections, which ends the wait of all others; one that hangs, the timeout of the group does. A third
+is written anew in step s after it was copied from in step s-2, which all had done when step s-1 went on.
 
 Bytes are verified where they are decoded, against the CRC-32C of the checkpoint: what came over a network too, since it
 travels as stored. Between ranks of a node they then pass through the node's memory, and are trusted as memory is.
 
-Memory beyond the targets: ROOM_BYTES (or one chunk) for each thread, twice, shared; on several nodes up to three times
-as much for messages; and what threads decode into (loading.py).
+Memory beyond the targets: ROOM_BYTES (or one chunk) for each thread, three times, shared; on several nodes up to as
+much again for messages; and what threads decode into (loading.py).
 """
 
 from __future__ import annotations
@@ -48,6 +54,8 @@ Ints = npt.NDArray[np.int64]
 ROOM_BYTES = 8 * 1024 * 1024
 """What one thread of a rank decodes for others in a round, so that most of it is still in cache when they copy it; a
 unit that is larger, up to a chunk of 16 MiB, makes it larger."""
+
+_THIRDS = 3
 
 
 @runtime_checkable
@@ -125,14 +133,14 @@ class Exchange:
         return make_schedule(catalog, rows, _nodes([answer.opened for answer in found]), room)
 
     def _share_memory(self) -> None:
-        """Memory for two rounds on every rank that decodes for others of its node."""
+        """Memory for _THIRDS rounds on every rank that decodes for others of its node."""
         sharing = self._schedule.staging()
         if sharing:
             self._group.together(lambda: self._allocated(self._group.rank in sharing))
 
     def _allocated(self, needed: bool) -> bytes:
         if needed:
-            self._staging.allocate(2 * self._schedule.room)
+            self._staging.allocate(_THIRDS * self._schedule.room)
         return b""
 
 
@@ -165,31 +173,44 @@ class _Run:
         runs = self._tier.runs(self._schedule.alone[self._rank])
         count = len(self._schedule.rounds) + self._lag + 1
         share = math.ceil(len(runs) / count)
+        agreement = self._group.agree(None)
         try:
             for step in range(count):
-                failure = _failure(functools.partial(self._step, step))
+                work: list[Future[None]] = []
+                failure = _failure(functools.partial(self._begin, step, work))
+                try:
+                    agreement.result()
+                    failure = failure or _failure(functools.partial(self._go_on, step, work))
+                finally:
+                    wait(work)
                 self._alone += [
                     self._pool.submit(self._filling.read, self._tier, run)
                     for run in runs[step * share : (step + 1) * share]
                 ]
                 if step == count - 1 and failure is None:
                     failure = _failure(lambda: _finish(self._alone))
-                self._group.agree(failure)
+                agreement = self._group.agree(failure)
+                if failure is not None:
+                    break
+            agreement.result()
         finally:
             for future in self._alone:
                 future.cancel()
 
-    def _step(self, step: int) -> None:
-        """See the head of the module. Nothing of it goes on when it returns or raises."""
+    def _begin(self, step: int, work: list[Future[None]]) -> None:
+        """What of a step need not wait for others; it is added to `work`."""
+        if self._lag:
+            work += [self._pool.submit(self._fetch, unit) for unit in self._fetched(step)]
+        else:
+            work += [self._pool.submit(self._decode, unit, step) for unit in self._decoded(step)]
+
+    def _go_on(self, step: int, work: list[Future[None]]) -> None:
+        """The rest of it, once all have done the step before, up to its end; adds to `work` what it begins."""
         number = step - self._lag
-        work = [self._pool.submit(self._copy, unit, number - 1) for unit in self._copied(number - 1)]
-        try:
-            if self._lag:
-                work += [self._pool.submit(self._fetch, unit) for unit in self._fetched(step)]
-                self._swap(number)
+        work += [self._pool.submit(self._copy, unit, number - 1) for unit in self._copied(number - 1)]
+        if self._lag:
+            self._swap(number)
             work += [self._pool.submit(self._decode, unit, number) for unit in self._decoded(number)]
-        finally:
-            wait(work)
         _finish(work)
         _finish([future for future in self._alone if future.done()])
         for unit in self._round(number):
@@ -260,9 +281,9 @@ class _Run:
             self._filling.place(row, self._staging.tensor(decoder, *span))
 
     def _spans(self, unit: Unit, number: int) -> Iterator[tuple[int, int]]:
-        """Offset and size of each row of a unit in its decoder's memory; the round says which half."""
+        """Offset and size of each row of a unit in its decoder's memory; the round says which third."""
         raw = self._filling.catalog.raw[unit.rows].tolist()
-        first = number % 2 * self._schedule.room + unit.places[self._node].offset
+        first = number % _THIRDS * self._schedule.room + unit.places[self._node].offset
         return ((first + start, size) for start, size in zip(packed(raw)[0], raw, strict=True))
 
 

@@ -315,14 +315,14 @@ def _only_large(store: Path) -> None:
 
 def load_and_die(store: Path, nodes: list[str]) -> None:
     """Rank 1 is killed in its second step, when the others have messages for it and copy what it decoded."""
-    original = exchange._Run._step
+    original = exchange._Run._begin
 
-    def step(self: Any, number: int) -> None:
-        if dist.get_rank() == 1 and number == 1:
+    def begin(self: Any, step: int, work: list[Any]) -> None:
+        if dist.get_rank() == 1 and step == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        original(self, number)
+        original(self, step, work)
 
-    exchange._Run._step = step  # type: ignore[method-assign]
+    exchange._Run._begin = begin  # type: ignore[method-assign]
     exchange.ROOM_BYTES = ROOM
     load_damaged(store, nodes)
 
