@@ -165,6 +165,29 @@ def _agreement(regions: Regions, axes: Ints) -> Flags:
     return ~wrong
 
 
+def hole(region_low: Ints, region_high: Ints, low: Ints, high: Ints) -> tuple[Ints, Ints] | None:
+    """A box (low, high) of the region that none of the boxes meets, where they are together smaller than the region;
+    None where they are not, which says nothing. n log n, while `disjoint` finds all that is left over.
+
+    Along each dimension some stretch between two bounds of boxes must be filled less than the region is, by those that
+    reach it; what is left of these, after the last dimension, is nothing.
+    """
+    start, stop = region_low.copy(), region_high.copy()
+    for dimension in range(len(region_low)):
+        # Floating point, as volumes may be too large for integers; what is found is verified.
+        areas = np.prod(np.delete(high - low, dimension, axis=1), axis=1, dtype=np.float64)
+        ends = np.array([start[dimension], stop[dimension]])
+        bounds, place = np.unique(np.concatenate([low[:, dimension], high[:, dimension], ends]), return_inverse=True)
+        changes = np.bincount(place, np.concatenate([areas, -areas, np.zeros(2)]), len(bounds))
+        filled = np.cumsum(changes)[:-1]
+        least = int(np.argmin(filled))
+        start[dimension], stop[dimension] = bounds[least], bounds[least + 1]
+        reaching = (low[:, dimension] <= bounds[least]) & (high[:, dimension] > bounds[least])
+        low, high = low[reaching].copy(), high[reaching].copy()
+        low[:, dimension], high[:, dimension] = start[dimension], stop[dimension]
+    return None if len(low) else (start, stop)
+
+
 def disjoint(region_low: Ints, region_high: Ints, low: Ints, high: Ints) -> tuple[Parts, tuple[Ints, Ints]]:
     """Parts of the boxes that share no element, earlier boxes first, and what of the region none of them covers."""
     _, first = np.unique(np.concatenate([low, high], axis=1), axis=0, return_index=True)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ckptd.core.box import Box, padded
 from ckptd.core.catalog import ALL_RANKS, Catalog
-from ckptd.core.errors import MismatchError
+from ckptd.core.errors import FormatError, MismatchError
 from ckptd.plan import cover
 from ckptd.plan.meet import Boxes, meetings
 
@@ -29,6 +29,9 @@ _AT_ONCE = 2**19
 """Wants and rows that are planned together, unless one tensor has more."""
 
 _ROWS_AT_ONCE = 2**16
+
+_FEW_PARTS = 64
+"""Of a want with at most so many parts all that is missing is named, else one box of it."""
 
 _PAIRS_AT_ONCE = 2**24
 """Pairs of wants and rows that are kept before they are known to be parts; more only where all have so many."""
@@ -288,10 +291,26 @@ def _block(wants: Boxes, chunks: Boxes) -> Iterator[tuple[_Parts, list[_Gap]]]:
         return
     rows = _first_alike(chunks.group, chunks.low, chunks.high)
     chunks = Boxes(*(column[rows] for column in chunks))
+    _refuse_heaps(chunks)
     for start, stop in ((0, count // 2), (count // 2, count)):
         for parts, gaps in _block(Boxes(*(column[start:stop] for column in wants)), chunks):
             moved = [gap._replace(want=gap.want + start) for gap in gaps]
             yield parts._replace(want=parts.want + start, row=rows[parts.row]), moved
+
+
+def _refuse_heaps(chunks: Boxes) -> None:
+    """FormatError for chunks of one tensor that lie over each other more often than could be sorted out anyway."""
+    first = np.flatnonzero(np.diff(chunks.group, prepend=-1))
+    # In floating point: volumes of hostile boxes may be anything.
+    volumes = np.prod((chunks.high - chunks.low).astype(np.float64), axis=1)
+    hulls = np.maximum.reduceat(chunks.high, first) - np.minimum.reduceat(chunks.low, first)
+    folds = np.add.reduceat(volumes, first) / np.maximum(np.prod(hulls.astype(np.float64), axis=1), 1)
+    if (folds > cover.MAX_OVERLAPPING).any():
+        raise FormatError(
+            f"overlapping chunks: a tensor's chunks lie {int(folds.max())}-fold over each other; at most "
+            f"{cover.MAX_OVERLAPPING} are sorted out. No checkpoint of ckptd has overlapping chunks: write it again "
+            "from its origin"
+        )
 
 
 def _first_alike(group: Ints, low: Ints, high: Ints) -> Ints:
@@ -323,7 +342,12 @@ def _parts_of(wants: Boxes, chunks: Boxes, want: Ints, row: Ints) -> tuple[_Part
     for number in np.flatnonzero(~tiled & ~settled).tolist():
         region = wants.low[number], wants.high[number]
         span = doubtful[np.searchsorted(want[doubtful], number) : np.searchsorted(want[doubtful], number + 1)]
-        chosen, (left_low, left_high) = cover.disjoint(*region, *_common(wants, chunks, want[span], row[span]))
+        boxes_of_want = _common(wants, chunks, want[span], row[span])
+        hole = cover.hole(*region, *boxes_of_want) if len(span) > _FEW_PARTS else None
+        if hole is not None:
+            gaps.append(_Gap(number, hole[0][None], hole[1][None]))
+            continue
+        chosen, (left_low, left_high) = cover.disjoint(*region, *boxes_of_want)
         if len(left_low):
             gaps.append(_Gap(number, left_low, left_high))
             continue
@@ -355,7 +379,9 @@ def _gap(catalog: Catalog, want: Want, gap: _Gap) -> str:
     low, high = gap.low, gap.high
     dimensions = len(want.shape)
     if len(low) == 1 and tuple((high - low)[0, :dimensions]) == want.box.sizes:
-        holders = sorted(set(catalog.rank[list(catalog.rows(want.key))].tolist()) - {ALL_RANKS})
+        rows = catalog.rows(want.key)
+        ranks = catalog.rank[rows.start : rows.stop]
+        holders = np.unique(ranks[ranks != ALL_RANKS]).tolist()
         if holders:
             named = ", ".join(map(str, holders[:8])) + (", ..." if len(holders) > 8 else "")
             return f"{want.key}: no chunk holds a value for this rank (only for rank {named})"

@@ -256,10 +256,13 @@ def _check_coverage(held: _Held, shared: _Shared) -> None:
         region = np.zeros_like(shape[number]), shape[number]
         if ((low[span] == region[0]) & (high[span] == region[1])).all(axis=1).any():
             continue
-        _, (left, end) = cover.disjoint(*region, low[span], high[span])
-        if len(left):
+        gap = cover.hole(*region, low[span], high[span])
+        if gap is None:
+            _, (left, end) = cover.disjoint(*region, low[span], high[span])
+            gap = (left[0], end[0]) if len(left) else None
+        if gap is not None:
             info = held.infos[asked[number]]
-            bounds = zip(left[0, : len(info.shape)], end[0, : len(info.shape)], strict=True)
+            bounds = zip(*(end[: len(info.shape)] for end in gap), strict=True)
             gaps.append(f"{info.key} {list(info.shape)}: elements [{', '.join(f'{lo}:{hi}' for lo, hi in bounds)}]")
     if gaps:
         raise ConfigError("no rank holds some elements of the state:\n" + _listed(gaps))

@@ -110,6 +110,20 @@ def test_disjoint_prefers_the_first() -> None:
     assert not len(left)
 
 
+@settings(max_examples=300, deadline=None)
+@given(boxes_in_region())
+def test_a_hole_is_met_by_no_box_and_found_where_there_must_be_one(boxes: tuple[np.ndarray, ...]) -> None:
+    region_low, region_high, low, high = boxes
+    hole = cover.hole(*boxes)
+    if hole is None:
+        assert cover.volume(low, high).sum() >= cover.volume(region_low, region_high)
+        return
+    assert (hole[0] >= region_low).all()
+    assert (hole[1] <= region_high).all()
+    assert (hole[0] < hole[1]).all()
+    assert not painted(region_high, low, high)[window(*hole)].any()
+
+
 def test_overlap_with_a_gap_of_the_same_size_is_no_tiling() -> None:
     low, high = np.array([[0], [1], [3]]), np.array([[2], [3], [4]])
     assert not cover.tiles(np.array([0]), np.array([5]), low, high)

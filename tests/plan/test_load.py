@@ -294,6 +294,26 @@ def test_more_chunks_over_each_other_than_are_sorted_out() -> None:
             plan_load(catalog, wants, rank=0)
 
 
+def test_heaps_of_chunks_are_refused_before_all_their_pairs_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of many wants is covered by very many different chunks: their pairs are not even listed."""
+    count = 3 * cover.MAX_OVERLAPPING
+    number = np.arange(count)[:, None]
+    catalog = Catalog.build([("w", "uint8", (2 * count,))], np.zeros(count), number, 2 * count - number)
+    wants = [Want("w", "uint8", (2 * count,), Box((count + i,), (8,))) for i in range(200)]
+    monkeypatch.setattr(load, "_PAIRS_AT_ONCE", 1)
+    with pytest.raises(FormatError, match=r"overlapping chunks: a tensor's chunks lie \d+-fold over each other"):
+        plan_load(catalog, wants, rank=0)
+
+
+def test_one_chunk_of_very_many_is_missing() -> None:
+    """It is named, and nobody speaks of chunks over each other."""
+    side = 2 * cover.MAX_OVERLAPPING
+    number = np.delete(np.arange(side), 4321)[:, None] * 2
+    catalog = Catalog.build([("w", "uint8", (side * 2,))], np.zeros(side - 1), number, np.full((side - 1, 1), 2))
+    with pytest.raises(MismatchError, match=r"w: no chunk holds elements \[8642:8644\]$"):
+        plan_load(catalog, [Want("w", "uint8", (side * 2,), Box.whole((side * 2,)))], rank=0)
+
+
 def test_every_chunk_twice() -> None:
     """Copies of chunks at other places: the first of each is read, and no want is looked at by itself."""
     side = 128
