@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -91,7 +92,7 @@ class State:
     def save(self, directory: Path) -> None:
         """The same state both ways."""
         ckptd.save({"model": self.model, "optimizer": self.optimizer}, directory / CKPTD, step=3)
-        dcp.save(self._state_dict(), checkpoint_id=directory / DCP)
+        dcp_save(self._state_dict(), checkpoint_id=directory / DCP)
 
     def loader(self, name: str, directory: Path) -> tuple[Callable[[], Any], Callable[[], None]]:
         """(what is timed, what is done after) of one way of loading."""
@@ -108,7 +109,7 @@ class State:
                 optim_state_dict=found["optimizer"],
             )
 
-        return lambda: dcp.load(found, checkpoint_id=directory / DCP), put
+        return lambda: dcp_load(found, checkpoint_id=directory / DCP), put
 
     def _state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
