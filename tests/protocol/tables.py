@@ -13,6 +13,7 @@ import msgspec
 
 from ckptd.protocol import actions
 from ckptd.protocol import messages as m
+from ckptd.protocol.cluster import messages as cluster
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "protocol.md"
 _BLOCK = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -33,16 +34,22 @@ def messages(union: typing.Any) -> str:
     return "\n".join(rows) + "\n"
 
 
-def carried_out() -> str:
+def carried_out(union: typing.Any) -> str:
     """A row per action."""
     rows = ["| action | meaning |", "|---|---|"]
-    rows += [f"| {kind.__name__} | {first_sentences(kind)} |" for kind in typing.get_args(actions.Action)]
+    rows += [f"| {kind.__name__} | {first_sentences(kind)} |" for kind in typing.get_args(union)]
     return "\n".join(rows) + "\n"
 
 
 def tables() -> dict[str, str]:
     """name -> table."""
-    return {"to_daemon": messages(m.ToDaemon), "from_daemon": messages(m.FromDaemon), "actions": carried_out()}
+    return {
+        "to_daemon": messages(m.ToDaemon),
+        "from_daemon": messages(m.FromDaemon),
+        "actions": carried_out(actions.Action),
+        "between_daemons": messages(cluster.BetweenDaemons),
+        "member_actions": carried_out(cluster.MemberAction),
+    }
 
 
 def renewed(text: str) -> str:

@@ -1,0 +1,127 @@
+"""Facts of a snapshot as members post them, their conjunction, and the tree that they travel on. Plain data.
+
+Invariants
+- A fact, once posted, is permanent within its epoch; merging what was heard twice, late or in another order gives the
+  same as hearing it once.
+- What has not been heard is unknown (None), and never counts as no.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from ckptd.core.types import Epoch, SnapshotId
+
+FAN_OUT = 16
+
+
+class Shape(msgspec.Struct, frozen=True, array_like=True):
+    """Groups of member numbers, and the parities of each: where segments and parities lie follows from it."""
+
+    groups: tuple[tuple[int, ...], ...]
+    parity: int
+
+    @property
+    def count(self) -> int:
+        """How many members, hence strings, there are."""
+        return sum(map(len, self.groups))
+
+    def group_of(self, number: int) -> tuple[int, ...]:
+        """The group that a member is in."""
+        return next(group for group in self.groups if number in group)
+
+
+class Membership(msgspec.Struct, frozen=True):
+    """Who takes part in an epoch: the arena of each number, and arenas without one that still hold something."""
+
+    epoch: Epoch
+    arenas: tuple[str, ...]
+    guests: tuple[str, ...]
+    shape: Shape
+    slots: int
+
+
+class Held(msgspec.Struct, frozen=True):
+    """What an arena holds of a snapshot: string number `string` of that shape. `parity`: its parities are complete;
+    `posted`: and it has said so, which may have made the snapshot protected."""
+
+    snapshot: SnapshotId
+    string: int
+    shape: Shape
+    step: int
+    data: bool
+    parity: bool
+    posted: bool
+
+
+class Entry(msgspec.Struct, frozen=True, array_like=True):
+    """The facts of a snapshot, of one member or of all in a subtree: True and False are facts, None is unknown.
+    `late`: a grant came after its step, or after a later grant. `written`: its files are in the store."""
+
+    snapshot: SnapshotId
+    step: int | None = None
+    sealed: bool | None = None
+    parity: bool | None = None
+    written: bool = False
+    late: bool = False
+
+    @property
+    def protected(self) -> bool:
+        """Sealed and Parity by all that this speaks for."""
+        return self.sealed is True and self.parity is True
+
+
+def parent_of(number: int) -> int | None:
+    """Where a member's facts go; None for the root."""
+    return None if number == 0 else (number - 1) // FAN_OUT
+
+
+def children_of(number: int, count: int) -> range:
+    """Whose facts a member collects."""
+    return range(min(FAN_OUT * number + 1, count), min(FAN_OUT * number + FAN_OUT + 1, count))
+
+
+def conjunction(snapshot: SnapshotId, entries: Sequence[Entry | None]) -> Entry:
+    """What holds of all; one that says nothing (None) knows nothing. Different steps are no snapshot."""
+    known = [entry or Entry(snapshot) for entry in entries]
+    steps = {entry.step for entry in known if entry.sealed}
+    sealed = False if len(steps) > 1 else _all(entry.sealed for entry in known)
+    return Entry(
+        snapshot,
+        step=steps.pop() if len(steps) == 1 else None,
+        sealed=sealed,
+        parity=_all(entry.parity for entry in known),
+        written=all(entry.written for entry in known),
+        late=any(entry.late for entry in known),
+    )
+
+
+def merged(old: Entry | None, new: Entry) -> Entry:
+    """What is known after `new` was heard as well."""
+    if old is None:
+        return new
+    return Entry(
+        new.snapshot,
+        step=new.step if old.step is None else old.step,
+        sealed=_either(old.sealed, new.sealed),
+        parity=_either(old.parity, new.parity),
+        written=old.written or new.written,
+        late=old.late or new.late,
+    )
+
+
+def newer(first: SnapshotId | None, second: SnapshotId | None) -> SnapshotId | None:
+    """The newer of two, of which either may be none."""
+    return max((s for s in (first, second) if s is not None), default=None)
+
+
+def _all(facts: Iterable[bool | None]) -> bool | None:
+    found = set(facts)
+    return False if False in found else None if None in found else True
+
+
+def _either(old: bool | None, new: bool | None) -> bool | None:
+    """A subtree's no may follow its yes, since steps disagreed further up; never the other way round."""
+    return False if False in (old, new) else old if new is None else new

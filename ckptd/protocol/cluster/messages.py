@@ -1,0 +1,209 @@
+"""Messages between the daemons of a job, and what a member asks its own daemon to do (docs/protocol.md, section 11).
+
+Decoding is strict, as in protocol/messages.py. All are idempotent; none depends on an order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import msgspec
+
+from ckptd.core.errors import FormatError
+from ckptd.core.lineage import EpochRecord
+from ckptd.core.types import Epoch, Level, SnapshotId
+from ckptd.protocol.cluster.facts import Entry, Held, Membership
+
+Part = Literal["data", "parity"]
+
+
+class ClusterMessage(msgspec.Struct, frozen=True, tag=True):
+    """Base of all; the class name is the tag on the wire."""
+
+    epoch: Epoch
+
+
+class Prepare(ClusterMessage, frozen=True):
+    """Promise not to serve epochs below `epoch`, and freeze. Answer: Promise or Refuse."""
+
+
+class Promise(ClusterMessage, frozen=True):
+    """Frozen for `epoch`: what this arena holds, the newest snapshot it knows to be protected, the lineage."""
+
+    arena: str
+    held: tuple[Held, ...]
+    protected: SnapshotId | None
+    records: tuple[EpochRecord, ...]
+
+
+class Refuse(ClusterMessage, frozen=True):
+    """A number as high as that of `epoch` is promised already."""
+
+    arena: str
+    promised: Epoch
+
+
+class Begin(ClusterMessage, frozen=True):
+    """The epoch starts from `point` at `step`. `continued`: its strings are those of the members, and it is protected
+    anew; until then it survives `tolerates` losses in a group. `protected` is kept beside it."""
+
+    membership: Membership
+    point: SnapshotId | None
+    step: int
+    continued: bool
+    tolerates: int
+    protected: SnapshotId | None
+
+
+class Begun(ClusterMessage, frozen=True):
+    """Answer to Begin: it is written down here."""
+
+    arena: str
+
+
+class Facts(ClusterMessage, frozen=True):
+    """Up the tree: what all in the sender's subtree have posted, their furthest boundary and newest grant; `ready`:
+    each of the `heard` members has a free slot. `encoding`, `flushing`, `ended`: what a root that starts again must
+    know."""
+
+    sender: int
+    entries: tuple[Entry, ...]
+    heard: int
+    ready: bool
+    boundary: int
+    granted: int
+    encoding: SnapshotId | None = None
+    flushing: SnapshotId | None = None
+    ended: SnapshotId | None = None
+
+
+class Decided(ClusterMessage, frozen=True):
+    """Down the tree: the verdict on each snapshot, open ones being grants; the newest protected one; what to encode and
+    to write; the newest flush that has ended, and the newest durable snapshot."""
+
+    sender: int
+    verdicts: tuple[Entry, ...]
+    protected: SnapshotId | None = None
+    encoding: SnapshotId | None = None
+    flushing: SnapshotId | None = None
+    ended: SnapshotId | None = None
+    durable: SnapshotId | None = None
+
+
+class SealRecord(ClusterMessage, frozen=True):
+    """To the members of the group: what the sender's string consists of, with checksums. Answer: Recorded."""
+
+    sender: int
+    snapshot: SnapshotId
+    record: bytes
+
+
+class Recorded(ClusterMessage, frozen=True):
+    """The seal record is held here."""
+
+    sender: int
+    snapshot: SnapshotId
+
+
+BetweenDaemons = Prepare | Promise | Refuse | Begin | Begun | Facts | Decided | SealRecord | Recorded
+
+_DECODER = msgspec.msgpack.Decoder(BetweenDaemons)
+
+
+def encode(message: BetweenDaemons) -> bytes:
+    """A message as bytes."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(data: bytes) -> BetweenDaemons:
+    """The inverse; FormatError for anything else."""
+    try:
+        found: BetweenDaemons = _DECODER.decode(data)
+        return found
+    except (msgspec.DecodeError, ValueError) as error:
+        raise FormatError(f"message between daemons: {error}; expected one of protocol 1") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Tell:
+    """Send a message to an arena. It may be lost."""
+
+    arena: str
+    message: BetweenDaemons
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """Grant the step of `snapshot` to the node's ranks, then say `captured` or `missed`."""
+
+    snapshot: SnapshotId
+
+
+@dataclasses.dataclass(frozen=True)
+class Revoke:
+    """The grant is dead: when the ranks have answered it, say `missed`."""
+
+    snapshot: SnapshotId
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Make the parities of a snapshot in a parity set, then say `encoded` or `encoding_failed`."""
+
+    snapshot: SnapshotId
+    area: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rebuild:
+    """Get this member's string of a snapshot from its group, then say `rebuilt` or `rebuilding_failed`."""
+
+    snapshot: SnapshotId
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare what is held with its checksums, then say `verified`."""
+
+    snapshot: SnapshotId
+    part: Part
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """Write this node's files of a checkpoint and the list of them, then say `written` or `flush_failed`."""
+
+    snapshot: SnapshotId
+
+
+@dataclasses.dataclass(frozen=True)
+class Commit:
+    """Root: check the lists of all nodes, put COMMIT, then say `committed` or `flush_failed`."""
+
+    snapshot: SnapshotId
+
+
+@dataclasses.dataclass(frozen=True)
+class Free:
+    """Stop what reads or writes a part of a snapshot here, then forget it."""
+
+    snapshot: SnapshotId
+    part: Part
+
+
+@dataclasses.dataclass(frozen=True)
+class Announce:
+    """Tell the trainers: the snapshot has reached a level."""
+
+    snapshot: SnapshotId
+    step: int
+    level: Level
+
+
+@dataclasses.dataclass(frozen=True)
+class Leave:
+    """This arena holds nothing that anybody needs, and has no number: the daemon may end."""
+
+
+MemberAction = Tell | Capture | Revoke | Encode | Rebuild | Verify | Write | Commit | Free | Announce | Leave

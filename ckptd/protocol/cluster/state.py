@@ -1,0 +1,110 @@
+"""What a member of a job keeps of protection across the death of its daemon: plain data in the ledger of its arena.
+
+Written before any action that follows from it, as NodeState is. What is not here is said again by others.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ckptd.core.lineage import EpochRecord
+from ckptd.core.types import Epoch, SnapshotId
+from ckptd.protocol.cluster.facts import Entry, Held, Membership, Shape
+
+PARITY_SETS = 2
+
+
+class Holding(msgspec.Struct):
+    """A snapshot that this arena has to do with. `capturing`: ranks may be writing. `data`: its string is whole here.
+    `area`: its parity set; `encoded`: the parities in it are complete. `sealed`, `parity`: the facts as posted in this
+    epoch. `freed`: superseded, only its facts are left. `records`: number -> seal record of each member of the group,
+    its own too."""
+
+    snapshot: SnapshotId
+    string: int
+    shape: Shape
+    step: int | None = None
+    capturing: bool = False
+    data: bool = False
+    area: int | None = None
+    encoded: bool = False
+    sealed: bool | None = None
+    parity: bool | None = None
+    written: bool = False
+    late: bool = False
+    freed: bool = False
+    records: dict[int, bytes] = {}
+
+    def entry(self) -> Entry:
+        """Its facts."""
+        return Entry(self.snapshot, self.step, self.sealed, self.parity, self.written, self.late)
+
+    def held(self) -> Held | None:
+        """What an inventory says of it; None if there is nothing to say."""
+        if not (self.data or self.encoded) or self.step is None:
+            return None
+        return Held(
+            self.snapshot,
+            self.string,
+            self.shape,
+            self.step,
+            self.data,
+            self.encoded or (self.data and self.shape.parity == 0),
+            self.parity is True,
+        )
+
+
+class ClusterState(msgspec.Struct):
+    """`point`: the restore point of the epoch, `continued` if its facts are posted anew; until one is protected it
+    `tolerates` so many losses in a group. `protected`: the newest snapshot known, or taken, to be protected;
+    `confirmed` since this epoch began. `granted`: the newest step granted in it."""
+
+    arena: str
+    promised: Epoch | None = None
+    membership: Membership | None = None
+    number: int | None = None
+    point: SnapshotId | None = None
+    continued: bool = False
+    tolerates: int = 0
+    protected: SnapshotId | None = None
+    confirmed: bool = False
+    granted: int = 0
+    holdings: list[Holding] = []
+    records: list[EpochRecord] = []
+
+    @property
+    def epoch(self) -> Epoch | None:
+        """The epoch that has begun here."""
+        return None if self.membership is None else self.membership.epoch
+
+    @property
+    def frozen(self) -> bool:
+        """A newer epoch is promised and has not begun: nothing is posted, decided, encoded or freed."""
+        return self.membership is None or (self.promised or self.membership.epoch) > self.membership.epoch
+
+    def find(self, snapshot: SnapshotId) -> Holding | None:
+        """What is held of a snapshot."""
+        return next((holding for holding in self.holdings if holding.snapshot == snapshot), None)
+
+    def is_current(self, snapshot: SnapshotId) -> bool:
+        """Facts about it are posted in this epoch."""
+        return snapshot.epoch == self.epoch or (self.continued and snapshot == self.point)
+
+    def has_room(self) -> bool:
+        """A slot is free for one more snapshot. Strings of another shape lie in slots of their own."""
+        if self.membership is None or self.number is None:
+            return False
+        used = [
+            h
+            for h in self.holdings
+            if h.shape == self.membership.shape
+            and not h.freed
+            and (h.data or h.capturing or (self.continued and h.snapshot == self.point) or h.sealed)
+        ]
+        return len(used) < self.membership.slots
+
+    def free_area(self) -> int | None:
+        """A parity set that holds nothing."""
+        assert self.membership is not None
+        used = {h.area for h in self.holdings if h.shape == self.membership.shape}
+        return next((area for area in range(PARITY_SETS) if area not in used), None)
