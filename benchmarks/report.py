@@ -38,6 +38,7 @@ class Row:
     sealed_s: Spread
     durable_s: Spread
     lost_s_per_gb: Spread
+    cold_load_s: Spread
     load_s: Spread
     load_from_memory_s: Spread | None
     disk_bytes: Spread
@@ -71,6 +72,7 @@ def row(name: str, outcomes: Sequence[Outcome]) -> Row:
         sealed_s=Spread.of(each_save("sealed_s")),
         durable_s=Spread.of(each_save("durable_s")),
         lost_s_per_gb=Spread.of([lost / gigabytes for lost in each_save("lost_s")]),
+        cold_load_s=Spread.of(each_trial("cold_load_s")),
         load_s=Spread.of(each_trial("load_s")),
         load_from_memory_s=_from_memory(outcomes),
         disk_bytes=Spread.of(each_trial("disk_bytes")),
@@ -93,7 +95,8 @@ COLUMNS = (
     "sealed s",
     "durable s",
     "training lost s/GB",
-    "load s",
+    "load s, cold",
+    "load s, cached",
     "restart from memory s",
     "memory added x state",
     "memory in all x state",
@@ -106,8 +109,9 @@ LEGEND = """\
   at which the save began.
 - training lost: time of the steps around a save above that of as many calm steps, per 1e9 bytes of state; a slow-down
   by background work is in it.
-- load: from disk into the live model and optimizer, page cache warm. Restart from memory: a new start of the job until
-  its state is back, the start of processes and imports not counted.
+- load: from disk into the live model and optimizer; first with none of the files in the page cache, in a process that
+  has loaded nothing before, then with all of them. Restart from memory: a new start of the job until its state is back,
+  the start of processes and imports not counted.
 - memory: peak of all processes of the trial, helpers and daemons included, each page once; `added` is above the same
   training before its first save.
 - Median over all saves of all rounds (least to greatest)."""
@@ -134,6 +138,7 @@ def _cells(one: Row) -> list[str]:
         _spread(one.sealed_s, 2),
         _spread(one.durable_s, 2),
         _spread(one.lost_s_per_gb, 2),
+        _spread(one.cold_load_s, 2),
         _spread(one.load_s, 2),
         "" if one.load_from_memory_s is None else _spread(one.load_from_memory_s, 2),
         f"{one.extra_multiple.median:.2f}",

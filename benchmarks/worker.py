@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -114,6 +115,30 @@ def measure_memcpy(workload: Workload) -> float:
     return min(seconds)
 
 
+def timed_load(workload: Workload, contender: Contender, *, cached: bool) -> float:
+    """Seconds until every rank has its state back from disk, all of the files in the page cache or none of them."""
+    workload.wipe()
+    if dist.get_rank() == 0:
+        for path in contender.saved().rglob("*"):
+            if path.is_file():
+                _cache(path, cached)
+    dist.barrier()
+    started = time.perf_counter()
+    contender.load()
+    dist.barrier()
+    return time.perf_counter() - started
+
+
+def _cache(path: Path, cached: bool) -> None:
+    with path.open("rb", buffering=0) as file:
+        if cached:
+            while file.read(2**24):
+                pass
+        else:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def run(trial: Trial) -> dict[str, Any]:
     """The whole trial on this rank."""
     workload = Workload(trial.state_bytes, trial.batch)
@@ -136,13 +161,10 @@ def run(trial: Trial) -> dict[str, Any]:
         if dist.get_rank() == 0:
             contender.discard(previous)
     phase("saved")
-    workload.wipe()
-    dist.barrier()
-    started = time.perf_counter()
-    contender.load()
-    dist.barrier()
-    load_s = time.perf_counter() - started
+    cold_load_s = timed_load(workload, contender, cached=False)
     loaded = workload.fingerprint() == loop.fingerprint
+    load_s = timed_load(workload, contender, cached=True)
+    loaded = loaded and workload.fingerprint() == loop.fingerprint
     workload.wipe()
     dist.barrier()
     memory_s = contender.load_from_memory()
@@ -153,6 +175,7 @@ def run(trial: Trial) -> dict[str, Any]:
     return {
         "saves": saves,
         "calm_step_s": before,
+        "cold_load_s": cold_load_s,
         "load_s": load_s,
         "load_from_memory_s": memory_s,
         "loaded": loaded,

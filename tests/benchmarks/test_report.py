@@ -20,6 +20,7 @@ def rank(stalls: list[float], *, loaded: bool = True, load_s: float = 1.0) -> di
     return {
         "saves": saves,
         "calm_step_s": 0.5,
+        "cold_load_s": 2 * load_s,
         "load_s": load_s,
         "load_from_memory_s": None,
         "loaded": loaded,
