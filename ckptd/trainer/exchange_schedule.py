@@ -109,11 +109,12 @@ class _Packer:
         self._nodes = nodes
         self._room = room
         self._used: dict[int, int] = {}
+        self._turns: dict[int, int] = {}
         self.rounds: list[list[Unit]] = []
         self.most = 0
 
     def add(self, number: int, rows: list[int], size: int, reader: int, wanting: list[int]) -> None:
-        decoders = self._decoders(number, reader, wanting)
+        decoders = self._decoders(reader, wanting)
         if not self.rounds or any(self._used.get(rank, 0) + size > self._room for rank in decoders.values()):
             self.rounds.append([])
             self._used = {}
@@ -123,13 +124,16 @@ class _Packer:
             self.most = max(self.most, place.offset + size)
         self.rounds[-1].append(Unit(number, rows, size, reader, wanting, places))
 
-    def _decoders(self, number: int, reader: int, wanting: list[int]) -> dict[int, int]:
-        """Node -> rank; on nodes of others those who want it take turns."""
+    def _decoders(self, reader: int, wanting: list[int]) -> dict[int, int]:
+        """Node -> rank; on other nodes than the reader's those who want it take turns."""
         on_node: dict[int, list[int]] = {}
         for rank in wanting:
             on_node.setdefault(self._nodes[rank], []).append(rank)
-        decoders = {node: ranks[number % len(ranks)] for node, ranks in on_node.items()}
-        decoders[self._nodes[reader]] = reader
+        decoders = {self._nodes[reader]: reader}
+        for node, ranks in on_node.items():
+            if node not in decoders:
+                self._turns[node] = turn = self._turns.get(node, -1) + 1
+                decoders[node] = ranks[turn % len(ranks)]
         return decoders
 
 

@@ -114,6 +114,15 @@ def test_reading_is_shared_out_evenly_and_neighbours_stay_together() -> None:
     assert len(schedule.rounds) <= 3, "all ranks decode in each round"
 
 
+def test_nodes_that_want_the_same_are_level_in_every_round() -> None:
+    """A round ends when one decoder is full, so uneven ones would make many rounds."""
+    catalog = catalog_of([1_200_000] * 960)
+    everything = np.arange(len(catalog))
+    nodes = [0] * 4 + [1] * 4 + [2] * 4
+    schedule = make_schedule(catalog, [everything] * 12, nodes, 9_700_000)
+    assert 960 / 4 / 8 <= len(schedule.rounds) <= 1.5 * 960 / 4 / 8
+
+
 def test_rows_travel_as_runs() -> None:
     for rows in ([], [0], [5, 6, 7, 9, 2**27 - 1], list(range(1000))):
         encoded = exchange._encoded(np.array(rows, np.int64))
