@@ -337,3 +337,27 @@ def test_objects_without_an_optimizer_count_every_step(home: Home) -> None:
         assert checkpointer.restore() == 4
     assert again["progress"] == {"seen": 20}
     assert again["table"].tolist() == [4.0, 4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "finite"),
+    [
+        (float("nan"), torch.float32, False),
+        (float("-inf"), torch.bfloat16, False),
+        (complex(0, float("inf")), torch.complex64, False),
+        (float("nan"), torch.float8_e4m3fn, False),
+        (3e38, torch.float32, True),
+        (6e4, torch.float16, True),
+    ],
+)
+def test_what_is_not_finite_is_said(
+    home: Home, capsys: pytest.CaptureFixture[str], value: complex, dtype: torch.dtype, finite: bool
+) -> None:
+    """It is restored as it is, but not in silence. Large values whose sum overflows are no cause."""
+    numbers = torch.full((100,), value).to(dtype)
+    ckptd.save(Training(numbers=numbers).state, home.store(), step=1)
+    training = Training(numbers=torch.zeros(100).to(dtype))
+    with ckptd.Checkpointer(training.state, home.store()) as checkpointer:
+        assert checkpointer.restore() == 1
+        assert checkpointer.statistics()["restored"]["not_finite"] == ([] if finite else ["numbers"])
+    assert ("NaN or Inf in 1 tensors: numbers" in capsys.readouterr().err) != finite
