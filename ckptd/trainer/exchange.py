@@ -170,10 +170,11 @@ class _Run:
 
     def steps(self) -> None:
         """All rounds, and what this rank wants alone, of which a share is begun with each step."""
-        runs = self._tier.runs(self._schedule.alone[self._rank])
+        runs: list[list[int]] = []
         count = len(self._schedule.rounds) + self._lag + 1
+        alone = self._schedule.alone[self._rank]
+        agreement = self._group.agree(_failure(lambda: runs.extend(self._tier.runs(alone))))
         share = math.ceil(len(runs) / count)
-        agreement = self._group.agree(None)
         try:
             for step in range(count):
                 work: list[Future[None]] = []

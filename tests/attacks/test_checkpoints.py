@@ -439,7 +439,7 @@ LOADER = """
 import resource, sys
 from pathlib import Path
 from ckptd.core.errors import FormatError
-from tests.store.test_attacks import load
+from tests.attacks.test_checkpoints import load
 load(Path(sys.argv[1]))
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)

@@ -160,8 +160,16 @@ class Launch:
         guests = tuple(arena for arena in self.promises if arena not in self.arenas)
         membership = Membership(self.epoch, order, guests, self.shape, self._slots)
         chosen = self.choice
+        holders = {arena: chosen.held[arena].string for arena in guests if arena in chosen.held}
         self._begin = m.Begin(
-            self.epoch, membership, chosen.point, chosen.step, continued, chosen.tolerates, chosen.protected
+            self.epoch,
+            membership,
+            chosen.point,
+            chosen.step,
+            continued,
+            chosen.tolerates,
+            holders,
+            chosen.protected,
         )
 
     def messages(self) -> list[tuple[str, m.ClusterMessage]]:
@@ -202,7 +210,7 @@ def begin(state: ClusterState, message: m.Begin) -> list[m.Free]:
     membership = message.membership
     state.membership, state.promised = membership, membership.epoch
     state.number = membership.arenas.index(state.arena) if state.arena in membership.arenas else None
-    state.point, state.tolerates = message.point, message.tolerates
+    state.point, state.tolerates, state.holders = message.point, message.tolerates, message.holders
     state.protected, state.confirmed, state.granted = message.protected, False, 0
     state.continued = message.continued and state.number is not None
     state.records = [*state.records, EpochRecord(membership.epoch, message.point)][-MAX_RECORDS:]

@@ -117,11 +117,12 @@ class MemberMachine:
             holding.sealed = False
 
     def give_up_parity(self, snapshot: SnapshotId) -> None:
-        """Encoding takes too long. With two slots nothing could follow, so there it goes on."""
+        """Encoding, or rebuilding before it, takes too long. Goes on where no slot is left for another."""
         state, holding = self.state, self.state.find(snapshot)
-        if holding is None or state.frozen or state.membership is None or state.membership.slots < THREE_SLOTS:
+        if holding is None or state.frozen or state.membership is None or not state.is_current(snapshot):
             return
-        if state.is_current(snapshot) and holding.parity is None and holding.shape.parity:
+        leaves_room = state.membership.slots >= THREE_SLOTS or snapshot == state.protected
+        if leaves_room and holding.parity is None and holding.shape.parity:
             holding.parity = False
 
     def encoded(self, snapshot: SnapshotId) -> None:

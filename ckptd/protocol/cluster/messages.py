@@ -46,13 +46,15 @@ class Refuse(ClusterMessage, frozen=True):
 
 class Begin(ClusterMessage, frozen=True):
     """The epoch starts from `point` at `step`. `continued`: its strings are those of the members, and it is protected
-    anew; until then it survives `tolerates` losses in a group. `protected` is kept beside it."""
+    anew; until then it survives `tolerates` losses in a group, guests being asked too: `holders`, arena -> string.
+    `protected` is kept beside it."""
 
     membership: Membership
     point: SnapshotId | None
     step: int
     continued: bool
     tolerates: int
+    holders: dict[str, int]
     protected: SnapshotId | None
 
 

@@ -132,5 +132,8 @@ class Work:
         return bool(lost) and not (holding.data or holding.capturing or failed) and self.rebuilding is None
 
     def _may_encode(self, holding: Holding) -> bool:
-        failed = ("encode", holding.snapshot) in self._failed
-        return holding.shape.parity > 0 and not (holding.encoded or failed) and self.encoding is None
+        """Parity is of use only to who has the seal records of its whole group: they say what comes out of decoding."""
+        if holding.shape.parity == 0 or holding.encoded or self.encoding is not None:
+            return False
+        known = holding.records.keys() >= set(holding.shape.group_of(holding.string))
+        return known and ("encode", holding.snapshot) not in self._failed

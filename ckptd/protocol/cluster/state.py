@@ -56,8 +56,9 @@ class Holding(msgspec.Struct):
 
 class ClusterState(msgspec.Struct):
     """`point`: the restore point of the epoch, `continued` if its facts are posted anew; until one is protected it
-    `tolerates` so many losses in a group. `protected`: the newest snapshot known, or taken, to be protected;
-    `confirmed` since this epoch began. `granted`: the newest step granted in it."""
+    `tolerates` so many losses in a group, and guests are asked for it (`holders`, arena -> string). `protected`: the
+    newest snapshot known, or taken, to be protected; `confirmed` since this epoch began. `granted`: the newest step
+    granted in it."""
 
     arena: str
     promised: Epoch | None = None
@@ -66,6 +67,7 @@ class ClusterState(msgspec.Struct):
     point: SnapshotId | None = None
     continued: bool = False
     tolerates: int = 0
+    holders: dict[str, int] = {}
     protected: SnapshotId | None = None
     confirmed: bool = False
     granted: int = 0
