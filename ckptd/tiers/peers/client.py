@@ -1,0 +1,242 @@
+"""One peer, as a client sees it: pulls of verified pieces into the caller's memory, and messages.
+
+Invariants:
+- Every call has a deadline. What waits before a call (the throttle) does not count.
+- A piece is copied into the caller's buffer and its checksum taken of what arrived, in one pass. A wrong one is asked
+  for once more; then CorruptionError. After any error the contents of the buffer are undefined.
+- At most `streams` calls at once, each on a connection of its own, and of each at most about one piece in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.flight as flight
+
+from ckptd.core.errors import CkptdError, CorruptionError, DaemonError, DeadlineError, FormatError
+from ckptd.core.native import copy_bytes
+from ckptd.core.types import SnapshotId
+from ckptd.plan.stripe import PIECE_BYTES
+from ckptd.tiers.peers.address import join_address
+from ckptd.tiers.peers.identity import Announcement, Credentials
+from ckptd.tiers.peers.throttle import Throttle
+from ckptd.tiers.peers.wire import (
+    CALL_BYTES,
+    CRC_BYTES,
+    MOST_MESSAGE_BYTES,
+    SCHEMA,
+    Ticket,
+    check_kind,
+    from_server,
+    headers,
+)
+
+DEADLINE_S = 30.0
+STREAMS = 2
+_ROOM_BYTES = 64 * 1024
+"""For what Flight puts around a piece."""
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", PIECE_BYTES + _ROOM_BYTES),
+    ("grpc.use_local_subchannel_pool", 1),  # else all clients of a peer share one connection
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+class Cancellation:
+    """Ends the pulls that it was given to: at the next piece, at the latest with the deadline of the call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[Callable[[], None]] = set()
+        self._cancelled = False
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """Idempotent."""
+        with self._lock:
+            self._cancelled = True
+            for stop in self._running:
+                stop()
+
+    @contextlib.contextmanager
+    def stopping(self, stop: Callable[[], None]) -> Iterator[None]:
+        """Calls `stop` if it is cancelled meanwhile, or was before."""
+        with self._lock:
+            if self._cancelled:
+                stop()
+            self._running.add(stop)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.discard(stop)
+
+
+class Peer:
+    """Another daemon of the job in this epoch. Its methods may be called by several threads."""
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        announcement: Announcement,
+        *,
+        throttle: Throttle | None = None,
+        streams: int = STREAMS,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self.node = announcement.node
+        self.deadline_s = deadline_s
+        self._place = join_address(announcement.host, announcement.port)
+        self._label = f"node {announcement.node} at {self._place}"
+        self._headers = headers(credentials)
+        self._throttle = throttle or Throttle()
+        self._security: dict[str, Any] = {}
+        self._scheme = "grpc"
+        if credentials.identity is not None:
+            if not announcement.certificate:
+                raise FormatError(f"{self._label}: announced no certificate, expected one")
+            self._scheme = "grpc+tls"
+            self._security = {
+                "tls_root_certs": credentials.trusted_server(announcement),
+                "cert_chain": credentials.identity.certificate,
+                "private_key": credentials.identity.key,
+                "override_hostname": announcement.server_name,
+            }
+        self._connections: queue.LifoQueue[Any] = queue.LifoQueue()
+        for _ in range(streams):
+            self._connections.put(None)
+
+    def ask(self, kind: str, body: bytes, deadline_s: float | None = None) -> bytes:
+        """The peer's answer to a message. Raises what the peer raised, DeadlineError, DaemonError, ConfigError."""
+        check_kind(kind)
+        if len(body) > MOST_MESSAGE_BYTES:
+            raise FormatError(f"message {kind} of {len(body)} bytes, expected at most {MOST_MESSAGE_BYTES}")
+        limit = self.deadline_s if deadline_s is None else deadline_s
+        with self._connection(limit) as client, self._errors(limit):
+            found: list[bytes] = [
+                result.body.to_pybytes() for result in client.do_action((kind, body), self._call_options(limit))
+            ]
+        if len(found) != 1 or len(found[0]) > MOST_MESSAGE_BYTES:
+            raise FormatError(f"{self._label}: its answer to {kind} is not one message")
+        return found[0]
+
+    def pull(
+        self,
+        snapshot: SnapshotId,
+        what: str,
+        offset: int,
+        into: memoryview,
+        *,
+        deadline_s: float | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        """Fills `into` with bytes [offset, offset + len(into)) of what the peer holds.
+
+        `deadline_s` is for each call, of at most CALL_BYTES. Raises DeadlineError, CorruptionError, what the peer
+        raised (NotFoundError, FormatError ...), and DaemonError where it is gone or the pull is cancelled.
+        """
+        limit = self.deadline_s if deadline_s is None else deadline_s
+        stop = cancellation or Cancellation()
+        target = into.cast("B")
+        for start in range(0, len(target), CALL_BYTES):
+            part = target[start : start + CALL_BYTES]
+            for at in self._call(Ticket(snapshot, what, offset + start, len(part)), part, limit, stop):
+                size = min(PIECE_BYTES, len(part) - at)
+                again = Ticket(snapshot, what, offset + start + at, size)
+                if self._call(again, part[at : at + size], limit, stop):
+                    raise CorruptionError(
+                        f"{self._label}: {what} of {snapshot}, {size} bytes at {offset + start + at}: the checksum was "
+                        "wrong twice on arrival; memory or network of one of the two nodes is damaged"
+                    )
+
+    def close(self) -> None:
+        """Closes the connections that are not in use; a pull in progress ends by itself. Idempotent."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                client = self._connections.get_nowait()
+                if client is not None:
+                    client.close()
+
+    def _call(self, ticket: Ticket, into: memoryview, limit: float, stop: Cancellation) -> list[int]:
+        """One do_get; the places in `into` of pieces whose checksum was wrong."""
+        if not self._throttle.admit(ticket.length, lambda: stop.cancelled):
+            raise self._cancelled(ticket)
+        with self._connection(limit) as client:
+            before = time.thread_time()
+            try:
+                with self._errors(limit):
+                    reader = client.do_get(flight.Ticket(ticket.encode()), self._call_options(limit))
+                    with stop.stopping(reader.cancel):
+                        return self._receive(reader, into)
+            except CkptdError:
+                if stop.cancelled:
+                    raise self._cancelled(ticket) from None
+                raise
+            finally:
+                self._throttle.spent(time.thread_time() - before)
+
+    def _receive(self, reader: Any, into: memoryview) -> list[int]:
+        """All pieces of a stream into their places. Raises FormatError for other than was asked for."""
+        if reader.schema != SCHEMA:
+            raise FormatError(f"{self._label}: expected one column of bytes, found {str(reader.schema)[:200]!r}")
+        wrong, at = [], 0
+        while True:
+            try:
+                chunk = reader.read_chunk()
+            except StopIteration:
+                break
+            size, crc = min(PIECE_BYTES, len(into) - at), chunk.app_metadata
+            if chunk.data is None or chunk.data.num_rows != size or size == 0 or crc is None or crc.size != CRC_BYTES:
+                raise FormatError(f"{self._label}: expected a piece of {size} bytes with its checksum, found another")
+            chunk.data.validate()
+            column = chunk.data.column(0)
+            address = column.buffers()[1].address + column.offset
+            if copy_bytes(address, into[at : at + size]) != int.from_bytes(crc.to_pybytes(), "little"):
+                wrong.append(at)
+            at += size
+        if at != len(into):
+            raise FormatError(f"{self._label}: sent {at} bytes, expected {len(into)}")
+        return wrong
+
+    @contextlib.contextmanager
+    def _connection(self, limit: float) -> Iterator[Any]:
+        """A connection for one call. Made when first needed; a call that fails gives it back all the same."""
+        try:
+            client = self._connections.get(timeout=limit)
+        except queue.Empty:
+            raise DeadlineError(f"{self._label}: all connections were busy for {limit:g} s") from None
+        try:
+            if client is None:
+                client = flight.FlightClient(
+                    f"{self._scheme}://{self._place}", generic_options=_OPTIONS, **self._security
+                )
+            yield client
+        finally:
+            self._connections.put(client)
+
+    @contextlib.contextmanager
+    def _errors(self, limit: float) -> Iterator[None]:
+        """Flight's errors as ours."""
+        try:
+            yield
+        except (flight.FlightError, pa.ArrowException, OSError) as error:
+            if isinstance(error, CkptdError):
+                raise
+            raise from_server(error, self._label, limit) from None
+
+    def _call_options(self, limit: float) -> Any:
+        return flight.FlightCallOptions(timeout=max(limit, 0.001), headers=self._headers)
+
+    def _cancelled(self, ticket: Ticket) -> DaemonError:
+        return DaemonError(f"{self._label}: the pull of {ticket.what} of {ticket.snapshot} was cancelled")

@@ -1,0 +1,99 @@
+"""Pulls from several peers at once, on a bounded number of threads.
+
+Invariants: the first failure ends all pulls of the same call, and is what is raised; no call returns while one of its
+pulls may still write into the caller's memory. Long pulls are cut into calls and the calls of all peers are
+interleaved, so that no peer is asked for everything at once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+from ckptd.core.errors import NotFoundError
+from ckptd.core.types import SnapshotId
+from ckptd.tiers.peers.client import Cancellation, Peer
+from ckptd.tiers.peers.throttle import Throttle
+from ckptd.tiers.peers.wire import CALL_BYTES
+
+__all__ = ["Cancellation", "Peers", "Pull", "interleave"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pull:
+    """Bytes of what a node holds of a snapshot, and where they go; `into` is contiguous and writable."""
+
+    node: str
+    snapshot: SnapshotId
+    what: str
+    offset: int
+    into: memoryview = dataclasses.field(repr=False)
+
+
+def interleave(pulls: Sequence[Pull]) -> Iterator[Pull]:
+    """The same bytes in pulls of at most CALL_BYTES, in turns over the nodes, in order for each node."""
+    by_node: dict[str, list[Pull]] = {}
+    for pull in pulls:
+        target = pull.into.cast("B")
+        by_node.setdefault(pull.node, []).extend(
+            dataclasses.replace(pull, offset=pull.offset + start, into=target[start : start + CALL_BYTES])
+            for start in range(0, len(target), CALL_BYTES)
+        )
+    for turn in itertools.zip_longest(*by_node.values()):
+        yield from (pull for pull in turn if pull is not None)
+
+
+class Peers:
+    """The other nodes of the epoch, and the threads that pull from them. `throttle` is the one that the peers share."""
+
+    def __init__(self, peers: Mapping[str, Peer], throttle: Throttle | None = None, *, streams: int = 4) -> None:
+        self._peers = dict(peers)
+        self._throttle = throttle
+        self._threads = concurrent.futures.ThreadPoolExecutor(streams, thread_name_prefix="peers-pull")
+
+    def __getitem__(self, node: str) -> Peer:
+        """Raises NotFoundError."""
+        try:
+            return self._peers[node]
+        except KeyError:
+            raise NotFoundError(f"node {node!r}: is not a member of this epoch") from None
+
+    def pull(
+        self,
+        pulls: Sequence[Pull],
+        *,
+        deadline_s: float | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> None:
+        """Does all pulls, or raises the first error. The deadline is for each call, as in `Peer.pull`."""
+        stop = cancellation or Cancellation()
+        work = [(self[pull.node], pull) for pull in interleave(pulls)]
+        failures: list[Exception] = []
+
+        def one(peer: Peer, pull: Pull) -> None:
+            if failures:
+                return
+            try:
+                peer.pull(pull.snapshot, pull.what, pull.offset, pull.into, deadline_s=deadline_s, cancellation=stop)
+            except Exception as error:
+                failures.append(error)
+                self.cancel(stop)
+
+        running = [self._threads.submit(one, peer, pull) for peer, pull in work]
+        concurrent.futures.wait(running)
+        if failures:
+            raise failures[0]
+
+    def cancel(self, cancellation: Cancellation) -> None:
+        """Cancels, and wakes pulls that wait for the throttle."""
+        cancellation.cancel()
+        if self._throttle is not None:
+            self._throttle.wake()
+
+    def close(self) -> None:
+        """Waits for pulls in progress and closes all connections."""
+        self._threads.shutdown(cancel_futures=True)
+        for peer in self._peers.values():
+            peer.close()
