@@ -339,9 +339,10 @@ def _parts_of(wants: Boxes, chunks: Boxes, want: Ints, row: Ints) -> tuple[_Part
     columns = [(want[sound], row[sound], np.zeros(len(sound), bool))]
     boxes = [(none, none)]
     gaps = []
+    first = np.searchsorted(want[doubtful], np.arange(count + 1))
     for number in np.flatnonzero(~tiled & ~settled).tolist():
         region = wants.low[number], wants.high[number]
-        span = doubtful[np.searchsorted(want[doubtful], number) : np.searchsorted(want[doubtful], number + 1)]
+        span = doubtful[first[number] : first[number + 1]]
         boxes_of_want = _common(wants, chunks, want[span], row[span])
         hole = cover.hole(*region, *boxes_of_want) if len(span) > _FEW_PARTS else None
         if hole is not None:
