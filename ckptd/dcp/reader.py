@@ -37,10 +37,11 @@ from ckptd.core.catalog import ALL_RANKS, Catalog, TensorInfo
 from ckptd.core.errors import CkptdError, MismatchError, NotFoundError, StoreError
 from ckptd.dcp.names import Path, leaves, name_of, path_of, unambiguous
 from ckptd.dcp.options import checked_step, checked_threads
-from ckptd.dcp.values import decode, dtype_name, part_of, pickled, torch_dtype
+from ckptd.dcp.values import decode, part_of, pickled
 from ckptd.format.objects import Ref
 from ckptd.plan.load import Want, plan_load
 from ckptd.plan.share import tensor_infos
+from ckptd.tensors.values import dtype_name, torch_dtype
 from ckptd.tiers.store import Store, StoredCheckpoint, open_checkpoint
 
 _PARTLY = "Loading had begun: tensors of the state dict are partly overwritten on this rank; load again before use"

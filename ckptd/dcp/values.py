@@ -10,43 +10,18 @@ import io
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckptd.core.box import Box
 from ckptd.core.errors import ConfigError
-from ckptd.core.types import DTYPES
 from ckptd.format import objects as encoding
-
-_ORDINARY = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-
-
-def dtype_name(dtype: torch.dtype) -> str | None:
-    """The format's name of a dtype; None for one that it does not know."""
-    name = str(dtype).removeprefix("torch.")
-    return name if name in DTYPES else None
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name; raises ConfigError where this torch does not have it."""
-    found = getattr(torch, name, None) if name in DTYPES else None
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype {name!r}: torch {torch.__version__} does not have it; use a newer torch")
-    return found
+from ckptd.tensors.values import convert, dtype_name, is_ordinary, restore, why_not
 
 
 def usable(tensor: Any, name: str) -> torch.Tensor:
     """`tensor` without autograd and lazy views, if its bytes can be stored; raises ConfigError naming `name`."""
-    problem = None
     if not isinstance(tensor, torch.Tensor):
-        problem = f"the planner gives a {type(tensor).__qualname__} for it; expected a tensor"
-    elif type(tensor) not in _ORDINARY and is_traceable_wrapper_subclass(tensor):
-        problem = f"{type(tensor).__qualname__} wraps other tensors and cannot be stored; give it as its parts"
-    elif dtype_name(tensor.dtype) is None:
-        problem = f"dtype {tensor.dtype} cannot be stored; known: {', '.join(DTYPES)}"
-    elif tensor.layout is not torch.strided:
-        problem = f"layout {tensor.layout} cannot be stored; use a dense tensor"
-    elif tensor.device.type == "meta":
-        problem = "it is on the meta device and has no values; materialise it first"
+        raise ConfigError(f"{name}: the planner gives a {type(tensor).__qualname__} for it; expected a tensor")
+    problem = why_not(tensor)
     if problem is not None:
         raise ConfigError(f"{name}: {problem}")
     plain: torch.Tensor = tensor.detach().resolve_conj().resolve_neg()
@@ -86,40 +61,19 @@ def encode_saved(file: Any, name: str) -> bytes:
 
 def _convert(value: object) -> object:
     if isinstance(value, torch.Tensor):
-        if type(value) not in _ORDINARY:
+        if not is_ordinary(value):
             raise TypeError("a distributed or wrapped tensor inside an object; let the planner flatten the state dict")
         try:
             tensor = usable(value, "tensor")
         except ConfigError as error:
             raise TypeError(str(error)) from None
         return encoding.TensorValue(str(dtype_name(tensor.dtype)), tuple(tensor.shape), bytes_of(tensor).tobytes())
-    if isinstance(value, torch.dtype):
-        return encoding.DtypeValue(str(value).removeprefix("torch."))
-    if isinstance(value, torch.device):
-        return encoding.DeviceValue(str(value))
-    if isinstance(value, torch.Size):
-        return encoding.SizeValue(tuple(value))
-    raise TypeError(f"{type(value)} cannot be stored")
+    return convert(value)
 
 
 def decode(data: bytes) -> Any:
     """The inverse of `encode`; references to tensors of the checkpoint stay `Ref`. Raises FormatError."""
-    return encoding.decode(data, restore=_restore)
-
-
-def _restore(value: object) -> object:
-    if isinstance(value, encoding.DtypeValue):
-        return torch_dtype(value.name)
-    if isinstance(value, encoding.DeviceValue):
-        return torch.device(value.text)
-    if isinstance(value, encoding.SizeValue):
-        return torch.Size(value.sizes)
-    if isinstance(value, encoding.TensorValue):
-        dtype = torch_dtype(value.dtype)
-        if not value.data:
-            return torch.empty(value.shape, dtype=dtype)
-        return torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(value.shape)
-    return value
+    return encoding.decode(data, restore=restore)
 
 
 def pickled(value: Any) -> io.BytesIO:

@@ -36,7 +36,8 @@ from ckptd.core.native import address_of, copy_bytes, crc32c
 from ckptd.core.types import SnapshotId
 from ckptd.dcp.names import Path, check_names, join_objects, key_of
 from ckptd.dcp.options import checked_step, checked_threads
-from ckptd.dcp.values import bytes_of, dtype_name, encode, encode_saved, part_of, usable
+from ckptd.dcp.values import bytes_of, encode, encode_saved, part_of, usable
+from ckptd.tensors.values import dtype_name
 from ckptd.tiers.store import CheckpointWriter, Part, Store
 
 

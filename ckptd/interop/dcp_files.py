@@ -21,7 +21,7 @@ from ckptd.core.errors import ConfigError, FormatError
 from ckptd.format.objects import DtypeValue
 from ckptd.interop.pickles import METADATA_GLOBALS, Instance, Pairs, TensorView, read_pickle, sizes_of
 from ckptd.interop.pieces import Files, ForeignFile, Piece, refuse_overlaps
-from ckptd.interop.torch_files import piece_of, read_archive, torch_dtype
+from ckptd.interop.torch_files import piece_of, read_archive
 from ckptd.interop.trees import MAX_DEPTH
 
 METADATA = ".metadata"
@@ -270,6 +270,8 @@ class DirectoryWriter:
         import torch
         from torch.distributed.checkpoint import metadata
 
+        from ckptd.tensors.values import torch_dtype
+
         properties = metadata.TensorProperties(dtype=torch_dtype(dtype))
         self._add(path, metadata.TensorStorageMetadata(properties, torch.Size(shape), []))
 
@@ -277,6 +279,8 @@ class DirectoryWriter:
         """Writes one chunk of an announced tensor."""
         import torch
         from torch.distributed.checkpoint import metadata
+
+        from ckptd.tensors.values import torch_dtype
 
         name = name_of(path)
         flat = torch.frombuffer(data, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)

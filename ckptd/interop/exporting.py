@@ -255,19 +255,7 @@ def _write_torch(selection: Selection, stream: Stream, place: str, shard_bytes: 
 
 def _torch_values(selection: Selection) -> tuple[dict[str, Any], list[str]]:
     """(path -> value as torch has it, what cannot be exported and why). References to tensors stay."""
-    import torch
-
-    def restore(value: object) -> object:
-        if isinstance(value, encoding.DtypeValue):
-            return torch_files.torch_dtype(value.name)
-        if isinstance(value, encoding.DeviceValue):
-            return torch.device(value.text)
-        if isinstance(value, encoding.SizeValue):
-            return torch.Size(value.sizes)
-        if isinstance(value, encoding.TensorValue):
-            flat = torch.frombuffer(bytearray(value.data), dtype=torch.uint8) if value.data else torch.empty(0).byte()
-            return flat.view(torch_files.torch_dtype(value.dtype)).reshape(value.shape)
-        return value
+    from ckptd.tensors.values import restore
 
     values: dict[str, Any] = {}
     left_out = []

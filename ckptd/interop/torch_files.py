@@ -15,7 +15,7 @@ from collections import OrderedDict
 from typing import IO, Any, NamedTuple
 
 from ckptd.core.box import Box
-from ckptd.core.errors import ConfigError, FormatError
+from ckptd.core.errors import FormatError
 from ckptd.core.types import itemsize
 from ckptd.interop.pickles import TENSOR_GLOBALS, TensorView, read_pickle, storage_of
 from ckptd.interop.pieces import Files, ForeignFile, Piece
@@ -144,6 +144,8 @@ def pickle_value(value: Any) -> bytes:
 
     import torch
 
+    from ckptd.tensors.values import torch_dtype
+
     records = itertools.count()
 
     class Storage:
@@ -181,16 +183,6 @@ def pickle_value(value: Any) -> bytes:
     stream = io.BytesIO()
     Pickler(stream, protocol=2).dump(value)
     return stream.getvalue()
-
-
-def torch_dtype(name: str) -> Any:
-    """torch's dtype of that name; ConfigError where this torch does not have it."""
-    import torch
-
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype {name!r}: torch {torch.__version__} does not have it; use a newer torch")
-    return found
 
 
 def torch_storage(dtype: str) -> Any:

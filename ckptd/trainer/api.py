@@ -25,13 +25,14 @@ from ckptd.core.errors import CorruptionError, NotFoundError
 from ckptd.core.types import SnapshotId
 from ckptd.format.manifest import to_parquet
 from ckptd.plan.share import objects_for, tensor_infos
+from ckptd.tensors.values import torch_dtype
 from ckptd.tiers.store import Store, StoredCheckpoint, open_checkpoint
 from ckptd.trainer import collective
 from ckptd.trainer.loading import fill
 from ckptd.trainer.restoring import Report, restore_state
 from ckptd.trainer.saving import save_state
 from ckptd.trainer.state import AppState
-from ckptd.trainer.state_tensors import Share, Source, torch_dtype
+from ckptd.trainer.state_tensors import Share, Source
 from ckptd.trainer.state_values import decode
 
 log = logging.getLogger("ckptd")

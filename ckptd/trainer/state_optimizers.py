@@ -24,9 +24,10 @@ from torch.optim import Optimizer
 from ckptd.core.catalog import TensorInfo
 from ckptd.core.errors import ConfigError, MismatchError
 from ckptd.core.types import join_key, split_key
+from ckptd.tensors.values import torch_dtype
 from ckptd.trainer.state_flat import Flat, flat_sources
 from ckptd.trainer.state_modules import same
-from ckptd.trainer.state_tensors import Share, Source, is_dtensor, local_of, shard_sources, sources_of, torch_dtype
+from ckptd.trainer.state_tensors import Share, Source, is_dtensor, local_of, shard_sources, sources_of
 from ckptd.trainer.state_values import Packed, decode, maker, pack, unpack
 
 _HOW_NOT_WHAT = frozenset({"foreach", "fused", "capturable", "differentiable", "param_names"})

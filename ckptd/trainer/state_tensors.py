@@ -21,10 +21,8 @@ import torch
 
 from ckptd.core.box import Box
 from ckptd.core.errors import ConfigError
-from ckptd.core.types import DTYPES
+from ckptd.tensors.values import dtype_name, is_ordinary, why_not
 
-DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): name for name in DTYPES if hasattr(torch, name)}
-_ORDINARY = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _WHOLE = functools.lru_cache(maxsize=65536)(Box.whole)
 
 
@@ -58,17 +56,9 @@ class Source:
         return (self.key, self.dtype, self.shape, self.box, self.share)
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of that name; raises ConfigError where this torch does not have it."""
-    found = getattr(torch, name, None) if name in DTYPES else None
-    if not isinstance(found, torch.dtype):
-        raise ConfigError(f"dtype {name!r}: torch {torch.__version__} does not have it; use a newer torch")
-    return found
-
-
 def is_dtensor(tensor: object) -> bool:
     """Whether it is a DTensor, without importing what nobody uses."""
-    if type(tensor) in _ORDINARY:
+    if is_ordinary(tensor):
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -100,28 +90,14 @@ def shard_sources(key: str, local: torch.Tensor, like: Any, *, windowed: bool) -
 
 def check(key: str, tensor: torch.Tensor) -> str:
     """The name of a tensor's dtype, if its bytes can be copied; raises ConfigError naming `key`."""
-    name = DTYPE_NAMES.get(tensor.dtype)
-    problem = None
-    if name is None:
-        problem = f"dtype {tensor.dtype} cannot be stored; known: {', '.join(DTYPES)}"
-    elif type(tensor) not in _ORDINARY and _is_wrapper(tensor):
-        problem = f"{type(tensor).__qualname__} wraps other tensors and cannot be stored; give it as its parts"
-    elif tensor.layout is not torch.strided:
-        problem = f"layout {tensor.layout} cannot be stored; use a dense tensor"
-    elif tensor.device.type == "meta":
-        problem = "it is on the meta device and has no values; materialise it first (to_empty, then initialise)"
-    elif tensor.is_conj() or tensor.is_neg():
+    problem = why_not(tensor)
+    if problem is None and (tensor.is_conj() or tensor.is_neg()):
         problem = "it is a lazy conjugate or negative view; give a resolved copy (resolve_conj, resolve_neg)"
     if problem is not None:
         raise ConfigError(f"{key}: {problem}")
+    name = dtype_name(tensor.dtype)
     assert name is not None
     return name
-
-
-def _is_wrapper(tensor: torch.Tensor) -> bool:
-    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-    return is_traceable_wrapper_subclass(tensor)
 
 
 def _sources_of_dtensor(key: str, tensor: Any, windowed: bool) -> list[Source]:

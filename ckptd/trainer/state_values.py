@@ -19,7 +19,9 @@ from ckptd.core.catalog import TensorInfo
 from ckptd.core.errors import ConfigError, MismatchError
 from ckptd.core.types import join_key
 from ckptd.format import objects as encoding
-from ckptd.trainer.state_tensors import Share, Source, check, is_dtensor, sources_of, torch_dtype
+from ckptd.tensors.values import convert, torch_dtype
+from ckptd.tensors.values import restore as restore_value
+from ckptd.trainer.state_tensors import Share, Source, check, is_dtensor, sources_of
 
 MAX_DEPTH = 64
 """How deep values may nest; the format's limit."""
@@ -129,15 +131,7 @@ def encode(value: Any, path: str) -> bytes:
 
 
 def _convert(value: object) -> object:
-    if isinstance(value, torch.dtype):
-        return encoding.DtypeValue(str(value).removeprefix("torch."))
-    if isinstance(value, torch.device):
-        return encoding.DeviceValue(str(value))
-    if isinstance(value, torch.Size):
-        return encoding.SizeValue(tuple(value))
-    if isinstance(value, bytearray):
-        return bytes(value)
-    raise TypeError(f"{type(value)} cannot be stored")
+    return bytes(value) if isinstance(value, bytearray) else convert(value)
 
 
 @dataclasses.dataclass(slots=True)
@@ -164,7 +158,7 @@ def unpack(
             if value.key not in made:
                 made[value.key] = make(tensors[value.key])
             return made[value.key]
-        return _restore(value)
+        return restore_value(value)
 
     value = encoding.decode(objects[path], restore=restore)
     return Unpacked(value, [source for key, tensor in made.items() for source in sources_of(key, tensor, share)])
@@ -172,22 +166,7 @@ def unpack(
 
 def decode(data: bytes) -> Any:
     """The value of an object that refers to no tensors."""
-    return encoding.decode(data, restore=_restore)
-
-
-def _restore(value: object) -> object:
-    if isinstance(value, encoding.DtypeValue):
-        return torch_dtype(value.name)
-    if isinstance(value, encoding.DeviceValue):
-        return torch.device(value.text)
-    if isinstance(value, encoding.SizeValue):
-        return torch.Size(value.sizes)
-    if isinstance(value, encoding.TensorValue):
-        dtype = torch_dtype(value.dtype)
-        if not value.data:
-            return torch.empty(value.shape, dtype=dtype)
-        return torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(value.shape)
-    return value
+    return encoding.decode(data, restore=restore_value)
 
 
 def maker(path: str, objects: Mapping[str, bytes], current: Mapping[str, torch.Tensor], *, reuse: bool) -> Make:

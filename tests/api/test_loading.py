@@ -12,8 +12,9 @@ import torch
 from ckptd.core.box import Box, cut
 from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.errors import CorruptionError, MismatchError
+from ckptd.tensors.values import DTYPE_NAMES
 from ckptd.trainer.loading import fill, plan_fill
-from ckptd.trainer.state_tensors import DTYPE_NAMES, Share, Source
+from ckptd.trainer.state_tensors import Share, Source
 
 
 class Tier:

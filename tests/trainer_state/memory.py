@@ -10,8 +10,8 @@ import torch
 
 from ckptd.core.box import Box
 from ckptd.core.catalog import TensorInfo
+from ckptd.tensors.values import torch_dtype
 from ckptd.trainer.state import AppState
-from ckptd.trainer.state_tensors import torch_dtype
 
 
 @dataclasses.dataclass

@@ -1,0 +1,1 @@
+"""What torch's tensors and values are to the format, for the three parts that import torch."""
