@@ -271,7 +271,7 @@ def exponents(trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
             "plan of all ranks": [trial.plan_s for trial in some],
             "in CPU time": [trial.plan_cpu_s for trial in some],
             "with exchange": [trial.plan_s + trial.exchange_s for trial in some],
-            "memory above the interpreter's": [float(trial.peak_bytes - trial.baseline_bytes) for trial in some],
+            "memory above the interpreter's": [max(trial.peak_bytes - trial.baseline_bytes, 1.0) for trial in some],
         }
         made[layout] = {name: slope(sizes, values) for name, values in figures.items()}
     return made
