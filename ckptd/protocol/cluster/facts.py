@@ -8,7 +8,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
 
@@ -73,29 +73,39 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
         return self.sealed is True and self.parity is True
 
 
-def parent_of(number: int) -> int | None:
+def parent_of(number: int, fan_out: int = FAN_OUT) -> int | None:
     """Where a member's facts go; None for the root."""
-    return None if number == 0 else (number - 1) // FAN_OUT
+    return None if number == 0 else (number - 1) // fan_out
 
 
-def children_of(number: int, count: int) -> range:
+def children_of(number: int, count: int, fan_out: int = FAN_OUT) -> range:
     """Whose facts a member collects."""
-    return range(min(FAN_OUT * number + 1, count), min(FAN_OUT * number + FAN_OUT + 1, count))
+    return range(min(fan_out * number + 1, count), min(fan_out * number + fan_out + 1, count))
 
 
-def conjunction(snapshot: SnapshotId, entries: Sequence[Entry | None]) -> Entry:
+def conjunction(snapshot: SnapshotId, entries: Iterable[Entry | None]) -> Entry:
     """What holds of all; one that says nothing (None) knows nothing. Different steps are no snapshot."""
-    known = [entry or Entry(snapshot) for entry in entries]
-    steps = {entry.step for entry in known if entry.sealed}
-    sealed = False if len(steps) > 1 else _all(entry.sealed for entry in known)
-    return Entry(
-        snapshot,
-        step=steps.pop() if len(steps) == 1 else None,
-        sealed=sealed,
-        parity=_all(entry.parity for entry in known),
-        written=all(entry.written for entry in known),
-        late=any(entry.late for entry in known),
-    )
+    step: int | None = None
+    sealed: bool | None = True
+    parity: bool | None = True
+    written, late = True, False
+    for entry in entries:
+        if entry is None:
+            sealed, parity, written = both(sealed, None), both(parity, None), False
+            continue
+        agrees = step is None or entry.step is None or entry.step == step
+        sealed = both(sealed, entry.sealed if agrees else False)
+        parity = both(parity, entry.parity)
+        step = entry.step if step is None else step
+        written, late = written and entry.written, late or entry.late
+    return Entry(snapshot, step, sealed, parity, written, late)
+
+
+def both(first: bool | None, second: bool | None) -> bool | None:
+    """Of two facts: no, as soon as one is no; yes, when both are."""
+    if first is False or second is False:
+        return False
+    return None if first is None or second is None else True
 
 
 def merged(old: Entry | None, new: Entry) -> Entry:
@@ -115,11 +125,6 @@ def merged(old: Entry | None, new: Entry) -> Entry:
 def newer(first: SnapshotId | None, second: SnapshotId | None) -> SnapshotId | None:
     """The newer of two, of which either may be none."""
     return max((s for s in (first, second) if s is not None), default=None)
-
-
-def _all(facts: Iterable[bool | None]) -> bool | None:
-    found = set(facts)
-    return False if False in found else None if None in found else True
 
 
 def _either(old: bool | None, new: bool | None) -> bool | None:

@@ -16,21 +16,22 @@ from ckptd.core.types import Level, SnapshotId
 from ckptd.protocol.cadence import Cadence
 from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.epoch import begin, newest_known, promise
-from ckptd.protocol.cluster.facts import Entry, children_of, conjunction, merged, newer, parent_of
+from ckptd.protocol.cluster.facts import FAN_OUT, Entry, children_of, conjunction, merged, newer, parent_of
 from ckptd.protocol.cluster.parity import Work
 from ckptd.protocol.cluster.root import DEAD, Root
 from ckptd.protocol.cluster.state import ClusterState, Holding
 from ckptd.protocol.messages import Policy
 
 THREE_SLOTS = 3
-"""The least with which parity may be given up."""
+"""With as many parity may be given up before anything newer is sealed."""
 
 
 class MemberMachine:
     """See the module docstring. The daemon calls one handler per event, then `take()`s the actions."""
 
-    def __init__(self, state: ClusterState, policy: Policy | None = None) -> None:
+    def __init__(self, state: ClusterState, policy: Policy | None = None, fan_out: int = FAN_OUT) -> None:
         self.state = state
+        self._fan_out = fan_out
         self._policy = policy
         self._out: list[m.MemberAction] = []
         self._enter()
@@ -77,7 +78,7 @@ class MemberMachine:
             case m.Facts():
                 self._hear_facts(message)
             case m.Decided():
-                expected = 0 if state.number is None else parent_of(state.number)
+                expected = 0 if state.number is None else parent_of(state.number, self._fan_out)
                 if message.sender == expected:
                     self._learn(message)
             case m.SealRecord():
@@ -121,7 +122,8 @@ class MemberMachine:
         state, holding = self.state, self.state.find(snapshot)
         if holding is None or state.frozen or state.membership is None or not state.is_current(snapshot):
             return
-        leaves_room = state.membership.slots >= THREE_SLOTS or snapshot == state.protected
+        follows = any(verdict.sealed and s > snapshot for s, verdict in self.verdicts.items())
+        leaves_room = state.membership.slots >= THREE_SLOTS or snapshot == state.protected or follows
         if leaves_room and holding.parity is None and holding.shape.parity:
             holding.parity = False
 
@@ -287,7 +289,7 @@ class MemberMachine:
     def _children(self) -> range:
         assert self.state.membership is not None
         assert self.state.number is not None
-        return children_of(self.state.number, len(self.state.membership.arenas))
+        return children_of(self.state.number, len(self.state.membership.arenas), self._fan_out)
 
     def _up(self) -> m.Facts:
         """What this member and all below it have posted."""
@@ -436,7 +438,7 @@ class MemberMachine:
         state, known = self.state, self._known
         assert state.number is not None
         assert state.membership is not None
-        parent = parent_of(state.number)
+        parent = parent_of(state.number, self._fan_out)
         if parent is not None and up != self._told_up:
             self._told_up = up
             self._out.append(m.Tell(state.membership.arenas[parent], up))

@@ -1,0 +1,202 @@
+"""Hundreds of schedules of a job on several nodes, and proof that the oracle sees it when a rule is left out.
+
+`python -m tests.simulate --seed N` replays a seed that fails here.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+import pytest
+
+from ckptd.core.types import SnapshotId
+from ckptd.protocol.cluster import epoch, member, messages, root
+from ckptd.protocol.cluster.facts import Entry, Held, conjunction
+from ckptd.protocol.cluster.member import MemberMachine
+from ckptd.protocol.cluster.parity import Work
+from ckptd.protocol.cluster.state import ClusterState, Holding
+from tests.simulate.oracle import BrokenPromiseError
+from tests.simulate.simulation import TURNS, Simulation
+
+CHUNKS, SEEDS = 5, 50
+ENOUGH = 250
+"""Seeds within which a broken rule must show."""
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_everything_holds_whatever_happens(chunk: int) -> None:
+    """Prints how many schedules a second were run (`-s`)."""
+    began = time.perf_counter()
+    for seed in range(chunk * SEEDS, (chunk + 1) * SEEDS):
+        try:
+            Simulation(seed).run(TURNS)
+        except BrokenPromiseError as violation:
+            pytest.fail(f"python -m tests.simulate --seed {seed}: {violation}")
+    print(f"{SEEDS / (time.perf_counter() - began):.1f} schedules a second")
+
+
+def test_the_runs_meet_what_they_are_for() -> None:
+    """Losses, rebuilds, damage, flushes, guests and degraded restarts happen in these runs."""
+    met: set[str] = set()
+    for seed in range(20):
+        simulation = Simulation(seed, trace=True)
+        simulation.run(TURNS)
+        text = "\n".join(simulation.trace or [])
+        words = ("is lost", "Rebuild(", "Encode(", "Verify(", "Commit(", "is durable", "is protected", "daemon dies")
+        met |= {word for word in words if word in text}
+        for start in simulation.starts:
+            choice = start.launch.choice
+            if choice is not None and choice.point is not None:
+                met |= {"from memory"} if choice.held else {"from store"}
+                met |= {"degraded"} if choice.held and choice.tolerates < start.launch.shape.parity else set()
+                met |= {"two kept"} if choice.protected not in (None, choice.point) else set()
+    assert met >= {"is lost", "Rebuild(", "Encode(", "Verify(", "Commit(", "is durable", "is protected", "daemon dies"}
+    assert met >= {"from memory", "degraded", "two kept"}
+
+
+def breaks(*needles: str) -> None:
+    """Some seed must end in a BrokenPromiseError that says one of these."""
+    said: set[str] = set()
+    for seed in range(ENOUGH):
+        try:
+            Simulation(seed).run(TURNS)
+        except BrokenPromiseError as violation:
+            said.add(str(violation))
+            if any(needle in str(violation) for needle in needles):
+                return
+    pytest.fail(f"no seed says {needles}; they say {said}")
+
+
+def test_keeping_the_restore_point_alone_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin frees the protected snapshot beside a restore point that is only sealed."""
+    begin = epoch.begin
+
+    def forgetful(state: ClusterState, message: messages.Begin) -> list[messages.Free]:
+        return begin(state, msgspec.structs.replace(message, protected=None))
+
+    monkeypatch.setattr(member, "begin", forgetful)
+    breaks("is freed", "was protected")
+
+
+def test_restoring_what_lacks_parity_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most m strings are lost: that alone gives nothing back."""
+    tolerated = epoch.tolerated
+    believing = lambda held: tolerated([msgspec.structs.replace(h, parity=True) for h in held])  # noqa: E731
+    monkeypatch.setattr(epoch, "tolerated", believing)
+    breaks("there is too little")
+
+
+def test_wanting_parity_from_every_survivor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A survivor may have rebuilt its data and not its parity."""
+    tolerated = epoch.tolerated
+
+    def strict(held: list[Held]) -> int | None:
+        parity = held[0].shape.parity if held else 0
+        complete = len({h.string for h in held if h.data}) == (held[0].shape.count if held else 0)
+        return tolerated(held) if parity == 0 or complete or all(h.parity for h in held if h.data) else None
+
+    monkeypatch.setattr(epoch, "tolerated", strict)
+    breaks("was protected")
+
+
+def test_freeing_at_a_seal_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A newer sealed snapshot frees the protected one."""
+
+    def sealed(state: ClusterState, decided: messages.Decided) -> SnapshotId | None:
+        return max((verdict.snapshot for verdict in decided.verdicts if verdict.sealed), default=None)
+
+    monkeypatch.setattr(member, "newest_known", sealed)
+    breaks("is freed")
+
+
+def test_going_on_after_a_promise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inventory is of something that goes on changing."""
+    monkeypatch.setattr(ClusterState, "frozen", property(lambda self: self.membership is None))
+    breaks("")
+
+
+def test_taking_silence_for_no_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A root that has not heard of somebody's Sealed takes the snapshot for dead."""
+
+    def forgetful(snapshot: SnapshotId, entries: list[Entry | None]) -> Entry:
+        found = conjunction(snapshot, entries)
+        return Entry(snapshot, found.step, bool(found.sealed), found.parity, found.written, found.late)
+
+    monkeypatch.setattr(member, "conjunction", forgetful)
+    breaks("nothing is protected any more", "was sealed")
+
+
+def test_parity_that_was_not_made_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed counts as done."""
+    monkeypatch.setattr(MemberMachine, "encoding_failed", MemberMachine.encoded)
+    breaks("its parity is freed")
+
+
+def test_parity_of_one_is_not_parity_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node takes its own Parity for that of everybody below it."""
+
+    def own(snapshot: SnapshotId, entries: list[Entry | None]) -> Entry:
+        found = conjunction(snapshot, entries)
+        parity = None if entries[0] is None else entries[0].parity
+        return Entry(snapshot, found.step, found.sealed, parity, found.written, found.late)
+
+    monkeypatch.setattr(member, "conjunction", own)
+    breaks("its parity is freed")
+
+
+def test_parity_without_seal_records_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded bytes that nobody can interpret or check."""
+    may_encode = Work._may_encode
+
+    def careless(self: Work, holding: Holding) -> bool:
+        group = holding.shape.group_of(holding.string)
+        everything = dict.fromkeys(group, b"") | holding.records
+        known = Holding(holding.snapshot, holding.string, holding.shape, encoded=holding.encoded, records=everything)
+        return may_encode(self, known)
+
+    monkeypatch.setattr(Work, "_may_encode", careless)
+    monkeypatch.setattr(Work, "has_all_records_out", lambda *_: True)
+    breaks("seal records of")
+
+
+def test_encoding_over_what_is_protected_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One parity set for all."""
+    monkeypatch.setattr(ClusterState, "free_area", lambda self: 0)
+    breaks("its parity is freed")
+
+
+def test_one_more_slot_than_there_is_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ClusterState, "has_room", lambda self: True)
+    breaks("holds more than")
+
+
+def test_a_commit_before_all_have_written_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(root.Root, "to_commit", lambda self: self.flushing)
+    breaks("without all files")
+
+
+def test_a_dead_branch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest snapshot in memory, whatever epochs began since."""
+    monkeypatch.setattr(epoch, "live", lambda snapshots, records: sorted(snapshots, key=lambda s: s.step, reverse=True))
+    breaks("of a dead branch")
+
+
+def test_freeing_the_restore_points_parity_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NoParity of one, and the lost nodes of another can no longer be rebuilt."""
+
+    def loosened(self: MemberMachine, holding: Holding, verdict: Entry | None, protected: SnapshotId | None) -> bool:
+        return verdict is not None and verdict.parity is False and holding.area is not None
+
+    monkeypatch.setattr(MemberMachine, "_has_needless_parity", loosened)
+    breaks("its parity is freed", "was protected")
+
+
+def test_different_steps_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes that use a grant at different steps, and nobody who compares them."""
+
+    def careless(snapshot: SnapshotId, entries: list[Entry | None]) -> Entry:
+        return conjunction(snapshot, [None if e is None else msgspec.structs.replace(e, step=0) for e in entries])
+
+    monkeypatch.setattr(member, "conjunction", careless)
+    breaks("captured at steps")
