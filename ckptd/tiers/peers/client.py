@@ -201,6 +201,8 @@ class Peer:
                 raise FormatError(f"{self._label}: expected a piece of {size} bytes with its checksum, found another")
             chunk.data.validate()
             column = chunk.data.column(0)
+            if column.null_count or column.buffers()[1] is None:
+                raise FormatError(f"{self._label}: expected a piece of {size} bytes, found missing ones")
             address = column.buffers()[1].address + column.offset
             if copy_bytes(address, into[at : at + size]) != int.from_bytes(crc.to_pybytes(), "little"):
                 wrong.append(at)

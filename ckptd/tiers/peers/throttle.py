@@ -16,6 +16,9 @@ from collections.abc import Callable
 BURST_S = 0.1
 """Of the rate: what an idle bucket saves up."""
 
+_RESOLUTION_S = 1e-6
+"""Shorter waits are none: added to a clock they may not move it."""
+
 
 class Bucket:
     """A token bucket that may go into debt. `rate` is per second; None: no limit."""
@@ -33,7 +36,8 @@ class Bucket:
         if self.rate is None:
             return 0.0
         self._refill(now, self.rate)
-        return max(-self._level / self.rate, 0.0)
+        needed = -self._level / self.rate
+        return needed if needed > _RESOLUTION_S else 0.0
 
     def charge(self, amount: float, now: float) -> None:
         """Takes what a request costs."""

@@ -129,7 +129,7 @@ def from_server(error: Exception, peer: str, deadline_s: float) -> CkptdError:
     if isinstance(error, flight.FlightTimedOutError):
         return DeadlineError(f"{peer} did not answer within {deadline_s:g} s; it is stopped, busy or cut off")
     if isinstance(error, flight.FlightCancelledError):
-        return DaemonError(f"{peer}: the call was cancelled")
+        return DaemonError(f"{peer}: the call was cancelled: {text}")
     named = getattr(errors, (getattr(error, "extra_info", None) or b"").decode("ascii", "replace"), None)
     if isinstance(named, type) and issubclass(named, CkptdError) and named is not CkptdError:
         return named(f"{peer}: {text.partition('. Detail: ')[0]}")
