@@ -8,7 +8,7 @@ Two parts, either of which can be left out:
 - peer: the plans of a job of 256 ranks that loads what 192 ranks saved (FSDP2, rows), and of the save itself, beside
   those of torch.distributed.checkpoint's default planner for the same chunks. Both plan in one process, in turn.
 
-Writes `planning.md` and `planning.json` into the output directory and prints the tables.
+Writes `planning.md`, `planning.svg` and `planning.json` into the output directory and prints the tables.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.plot import log_log
 from ckptd.core.box import Box
 from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.plan.exchange import plan_exchange
@@ -277,6 +278,15 @@ def exponents(trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
     return made
 
 
+def chart(trials: Sequence[Trial]) -> str:
+    """Seconds over chunks; dashes have slope 1."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for trial in trials:
+        series.setdefault(f"{trial.layout}, all ranks", []).append((trial.chunks, trial.plan_s))
+        series.setdefault(f"{trial.layout}, who reads", []).append((trial.chunks, trial.exchange_s))
+    return log_log("Planning a load", "chunks", "seconds", series)
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planning", description="How planning scales.")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory for the tables")
@@ -324,6 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text += scaling_table(trials) + "\n"
         record["trials"] = [dataclasses.asdict(trial) for trial in trials]
         record["slopes"] = exponents(trials)
+        (options.output / "planning.svg").write_text(chart(trials))
     if options.peer:
         from benchmarks.peers.dcp_planner import compare, peer_table
 

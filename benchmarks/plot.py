@@ -1,0 +1,78 @@
+"""A log-log chart as SVG: one line for each series, decades as a grid, and dashes of slope 1 to compare with."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 380, 64, 170, 24, 48
+COLOURS = ("#1b6ca8", "#c8553d", "#3f8f5b", "#8a5fa8", "#7a6a4f")
+
+Points = Sequence[tuple[float, float]]
+
+
+def log_log(title: str, across: str, up: str, series: Mapping[str, Points]) -> str:
+    """The chart; raises ValueError for coordinates that are not positive, or without any."""
+    points = [point for found in series.values() for point in found]
+    if not points or min(min(point) for point in points) <= 0:
+        raise ValueError("a logarithmic chart needs positive numbers")
+    x, y = (_Axis([point[axis] for point in points]) for axis in (0, 1))
+    across_px, up_px = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+
+    def place(point: tuple[float, float]) -> str:
+        return f"{LEFT + x.share(point[0]) * across_px:.1f},{TOP + (1 - y.share(point[1])) * up_px:.1f}"
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<text x="{LEFT}" y="16" font-weight="bold">{html.escape(title)}</text>',
+    ]
+    for decade in x.decades:
+        column = LEFT + x.share(10.0**decade) * across_px
+        parts.append(f'<path d="M{column:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#ddd"/>')
+        parts.append(f'<text x="{column:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">1e{decade}</text>')
+    for decade in y.decades:
+        line = TOP + (1 - y.share(10.0**decade)) * up_px
+        parts.append(f'<path d="M{LEFT} {line:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{line + 4:.1f}" text-anchor="end">1e{decade}</text>')
+    parts.append(
+        f'<text x="{LEFT + across_px / 2}" y="{HEIGHT - 12}" text-anchor="middle">{html.escape(across)}</text>'
+    )
+    middle = TOP + up_px / 2
+    parts.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{html.escape(up)}</text>')
+    for number, (name, found) in enumerate(series.items()):
+        colour, line = COLOURS[number % len(COLOURS)], sorted(found)
+        first, last = line[0], line[-1]
+        ideal = [first, (last[0], first[1] * last[0] / first[0])]
+        if y.low <= math.log10(ideal[1][1]) <= y.high:
+            parts.append(
+                f'<polyline points="{" ".join(map(place, ideal))}" fill="none" stroke="{colour}" '
+                'stroke-dasharray="3 4" opacity="0.6"/>'
+            )
+        parts.append(
+            f'<polyline points="{" ".join(map(place, line))}" fill="none" stroke="{colour}" stroke-width="2"/>'
+        )
+        for point in line:
+            column, row = place(point).split(",")
+            parts.append(f'<circle cx="{column}" cy="{row}" r="3" fill="{colour}"/>')
+        height = TOP + 12 + 18 * number
+        parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{height}" fill="{colour}">{html.escape(name)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+class _Axis:
+    """Whole decades around some numbers."""
+
+    def __init__(self, numbers: Sequence[float]) -> None:
+        self.low = math.floor(math.log10(min(numbers)))
+        self.high = max(math.ceil(math.log10(max(numbers))), self.low + 1)
+
+    @property
+    def decades(self) -> range:
+        return range(self.low, self.high + 1)
+
+    def share(self, number: float) -> float:
+        """Where on the axis, from 0 to 1."""
+        return (math.log10(number) - self.low) / (self.high - self.low)
