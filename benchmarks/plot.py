@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 560, 380, 64, 170, 24, 48
 COLOURS = ("#1b6ca8", "#c8553d", "#3f8f5b", "#8a5fa8", "#7a6a4f")
@@ -34,32 +34,29 @@ def log_log(title: str, across: str, up: str, series: Mapping[str, Points]) -> s
         parts.append(f'<path d="M{column:.1f} {TOP}V{HEIGHT - BOTTOM}" stroke="#ddd"/>')
         parts.append(f'<text x="{column:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">1e{decade}</text>')
     for decade in y.decades:
-        line = TOP + (1 - y.share(10.0**decade)) * up_px
-        parts.append(f'<path d="M{LEFT} {line:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{line + 4:.1f}" text-anchor="end">1e{decade}</text>')
-    parts.append(
-        f'<text x="{LEFT + across_px / 2}" y="{HEIGHT - 12}" text-anchor="middle">{html.escape(across)}</text>'
-    )
-    middle = TOP + up_px / 2
+        height = TOP + (1 - y.share(10.0**decade)) * up_px
+        parts.append(f'<path d="M{LEFT} {height:.1f}H{WIDTH - RIGHT}" stroke="#ddd"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{height + 4:.1f}" text-anchor="end">1e{decade}</text>')
+    centre, middle = LEFT + across_px / 2, TOP + up_px / 2
+    parts.append(f'<text x="{centre}" y="{HEIGHT - 12}" text-anchor="middle">{html.escape(across)}</text>')
     parts.append(f'<text transform="translate(16 {middle}) rotate(-90)" text-anchor="middle">{html.escape(up)}</text>')
     for number, (name, found) in enumerate(series.items()):
         colour, line = COLOURS[number % len(COLOURS)], sorted(found)
         first, last = line[0], line[-1]
         ideal = [first, (last[0], first[1] * last[0] / first[0])]
         if y.low <= math.log10(ideal[1][1]) <= y.high:
-            parts.append(
-                f'<polyline points="{" ".join(map(place, ideal))}" fill="none" stroke="{colour}" '
-                'stroke-dasharray="3 4" opacity="0.6"/>'
-            )
-        parts.append(
-            f'<polyline points="{" ".join(map(place, line))}" fill="none" stroke="{colour}" stroke-width="2"/>'
-        )
-        for point in line:
-            column, row = place(point).split(",")
-            parts.append(f'<circle cx="{column}" cy="{row}" r="3" fill="{colour}"/>')
-        height = TOP + 12 + 18 * number
-        parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{height}" fill="{colour}">{html.escape(name)}</text>')
+            parts.append(f'{_line(map(place, ideal), colour)} stroke-dasharray="3 4" opacity="0.6"/>')
+        parts.append(f'{_line(map(place, line), colour)} stroke-width="2"/>')
+        for at in map(place, line):
+            left, top = at.split(",")
+            parts.append(f'<circle cx="{left}" cy="{top}" r="3" fill="{colour}"/>')
+        row = TOP + 12 + 18 * number
+        parts.append(f'<text x="{WIDTH - RIGHT + 12}" y="{row}" fill="{colour}">{html.escape(name)}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _line(places: Iterable[str], colour: str) -> str:
+    return f'<polyline points="{" ".join(places)}" fill="none" stroke="{colour}"'
 
 
 class _Axis:
