@@ -155,6 +155,8 @@ class Oracle:
             self.protected = None
         if self.sealed is not None and (point is None or self.sealed.snapshot > point):
             self.sealed = None
+        if point is not None and not choice.held:
+            self.protected = self.sealed = None  # what is durable needs no memory
         if kept is not None and (self.protected is None or kept > self.protected.snapshot):
             held = {item.string: item for p in promises.values() for item in p.held if item.snapshot == kept}
             arenas = {item.string: a for a, p in promises.items() for item in p.held if item.snapshot == kept}

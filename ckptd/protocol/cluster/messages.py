@@ -13,9 +13,10 @@ import msgspec
 from ckptd.core.errors import FormatError
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, Level, SnapshotId
-from ckptd.protocol.cluster.facts import Entry, Held, Membership
+from ckptd.protocol.cluster.facts import Entry, Held, Membership, Shape
 
 Part = Literal["data", "parity"]
+LEAST_SLOTS = 2
 
 
 class ClusterMessage(msgspec.Struct, frozen=True, tag=True):
@@ -122,9 +123,62 @@ def decode(data: bytes) -> BetweenDaemons:
     """The inverse; FormatError for anything else."""
     try:
         found: BetweenDaemons = _DECODER.decode(data)
-        return found
     except (msgspec.DecodeError, ValueError) as error:
         raise FormatError(f"message between daemons: {error}; expected one of protocol 1") from error
+    _check(found)
+    return found
+
+
+def _check(message: BetweenDaemons) -> None:
+    """Numbers, epochs and groups are in range, so that whoever handles a message may compute with them."""
+    message.epoch.check()
+    match message:
+        case Promise():
+            _check_snapshots([message.protected, *(item.snapshot for item in message.held)])
+            for item in message.held:
+                _check_shape(item.shape, item.shape.count)
+                _check_number(item.string, item.shape.count)
+        case Begin():
+            membership = message.membership
+            _check_snapshots([message.point, message.protected])
+            _check_shape(membership.shape, len(membership.arenas))
+            if membership.slots < LEAST_SLOTS or membership.epoch != message.epoch:
+                raise FormatError(
+                    f"Begin: {membership.slots} slots of {membership.epoch}, expected {LEAST_SLOTS} or more"
+                )
+        case Facts():
+            named = [message.encoding, message.flushing, message.ended]
+            _check_snapshots([*named, *(entry.snapshot for entry in message.entries)])
+            _check_number(message.heard)
+            _check_number(message.granted)
+        case Decided():
+            named = [message.protected, message.encoding, message.flushing, message.ended, message.durable]
+            _check_snapshots([*named, *(entry.snapshot for entry in message.verdicts)])
+        case SealRecord() | Recorded():
+            _check_snapshots([message.snapshot])
+    if isinstance(message, Facts | Decided | SealRecord | Recorded):
+        _check_number(message.sender)
+
+
+def _check_snapshots(snapshots: list[SnapshotId | None]) -> None:
+    for snapshot in snapshots:
+        if snapshot is not None:
+            snapshot.epoch.check()
+            _check_number(snapshot.step)
+
+
+def _check_number(number: int, limit: int = 10**18) -> None:
+    if not 0 <= number < limit:
+        raise FormatError(f"message between daemons: number {number}, expected 0 to {limit - 1}")
+
+
+def _check_shape(shape: Shape, count: int) -> None:
+    """Every number is in one group, and each group has more members than parities."""
+    numbers = sorted(number for group in shape.groups for number in group)
+    if numbers != list(range(count)) or not 0 <= shape.parity < min(map(len, shape.groups), default=0):
+        raise FormatError(
+            f"message between daemons: groups {shape.groups} with {shape.parity} parities, {count} members"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

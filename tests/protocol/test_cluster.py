@@ -1,0 +1,258 @@
+"""The rules of several nodes, one by one. Whole runs with faults are in tests/simulate."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from ckptd.core.errors import FormatError
+from ckptd.core.lineage import EpochRecord
+from ckptd.core.types import Epoch, Level, SnapshotId
+from ckptd.protocol.cluster import messages as m
+from ckptd.protocol.cluster.epoch import Launch, choose, numbered, tolerated
+from ckptd.protocol.cluster.facts import Entry, Held, Membership, Shape, children_of, conjunction, merged, parent_of
+from ckptd.protocol.cluster.member import MemberMachine
+from ckptd.protocol.cluster.state import ClusterState
+from tests.protocol.cluster import EPOCH, POLICY, Job, epoch
+
+E1, E2 = epoch(1), epoch(2)
+TRIPLE = Shape(((0, 1, 2),), 1)
+TWO_PARITIES = Shape(((0, 1, 2, 3),), 2)
+
+
+def held(step: int, string: int, shape: Shape, parity: bool = True, posted: bool | None = None, **other: int) -> Held:
+    at = other.get("at", step)
+    return Held(SnapshotId(E1, step), string, shape, at, True, parity, parity if posted is None else posted)
+
+
+def promise(arena: str, *items: Held, protected: int | None = None) -> m.Promise:
+    known = None if protected is None else SnapshotId(E1, protected)
+    return m.Promise(E2, arena, items, known, (EpochRecord(E1),))
+
+
+# --- facts and the tree
+
+
+def test_every_member_has_one_parent_that_knows_it() -> None:
+    for count, fan_out in itertools.product((1, 2, 16, 17, 300), (1, 2, 16)):
+        for number in range(1, count):
+            parent = parent_of(number, fan_out)
+            assert parent is not None
+            assert number in children_of(parent, count, fan_out)
+        assert sum(len(children_of(number, count, fan_out)) for number in range(count)) == count - 1
+
+
+def test_silence_is_neither_yes_nor_no() -> None:
+    x = SnapshotId(E1, 4)
+    yes, no = Entry(x, 4, True, True), Entry(x, None, False)
+    assert conjunction(x, [yes, None]).sealed is None
+    assert conjunction(x, [yes, None, no]).sealed is False
+    assert conjunction(x, [yes, yes]).protected
+    assert conjunction(x, [yes, Entry(x, 5, True, True)]).sealed is False
+
+
+def test_facts_may_come_twice_and_in_any_order() -> None:
+    x = SnapshotId(E1, 4)
+    heard = [Entry(x), Entry(x, 4, True), Entry(x, 4, True, None, True), Entry(x, 4, True, True)]
+    ends = set()
+    for order in itertools.permutations([*heard, heard[1]]):
+        known = None
+        for entry in order:
+            known = merged(known, entry)
+        ends.add(known)
+    assert ends == {Entry(x, 4, True, True, True)}
+
+
+# --- where an epoch begins
+
+
+def test_a_group_may_lack_as_many_as_it_has_parities() -> None:
+    """A member that lacks its parity counts as one that lacks everything, unless all data is there."""
+    whole = [held(5, string, TWO_PARITIES) for string in range(4)]
+    bare = [held(5, string, TWO_PARITIES, parity=False) for string in range(4)]
+    assert tolerated(whole) == 2
+    assert tolerated(whole[:3]) == 1
+    assert tolerated([*whole[:2], bare[2]]) == 0
+    assert tolerated([whole[0], *bare[1:3]]) is None
+    assert tolerated(bare) == 0
+    assert tolerated(bare[:3]) is None
+
+
+def test_what_was_captured_at_different_steps_is_no_snapshot() -> None:
+    assert tolerated([held(5, 0, TRIPLE), held(5, 1, TRIPLE, at=6), held(5, 2, TRIPLE)]) is None
+
+
+def test_what_may_have_been_declared_is_kept_though_nobody_knows() -> None:
+    """4 was protected, then 7: the root alone knew that, and was cut off. 9, sealed by all, has parity on two of three
+    others. 9 is restored; one more loss takes it, and then 7 must be there: it was promised to survive two losses."""
+    others = [
+        promise(
+            f"n{string}",
+            held(4, string, TWO_PARITIES),
+            held(7, string, TWO_PARITIES),
+            held(9, string, TWO_PARITIES, parity=string < 3),
+            protected=4,
+        )
+        for string in (1, 2, 3)
+    ]
+    choice = choose(others, [])
+    assert choice.point == SnapshotId(E1, 9)
+    assert choice.tolerates == 0
+    assert choice.protected == SnapshotId(E1, 7)
+
+
+def test_the_store_has_what_memory_has_not() -> None:
+    stored = [SnapshotId(E1, 3)]
+    choice = choose([promise("n0", held(5, 0, TRIPLE)), promise("n3")], [], stored)
+    assert (choice.point, choice.held, choice.protected) == (SnapshotId(E1, 3), {}, None)
+    whole = [promise(f"n{string}", held(5, string, TRIPLE)) for string in range(3)]
+    assert choose(whole, [], stored).point == SnapshotId(E1, 5)
+
+
+def test_a_dead_branch_is_not_chosen() -> None:
+    """The record of an epoch that went back to before it is in the store only."""
+    whole = [promise(f"n{string}", held(5, string, TRIPLE)) for string in range(3)]
+    assert choose(whole, [EpochRecord(E2, SnapshotId(E1, 3))]).point is None
+
+
+def test_who_holds_a_string_keeps_its_number() -> None:
+    found = {"c": held(5, 0, TRIPLE), "a": held(5, 2, TRIPLE)}
+    assert numbered(["a", "b", "c"], found, TRIPLE) == (("c", "b", "a"), True)
+    assert numbered(["a", "b", "c", "d"], found, TWO_PARITIES) == (("a", "b", "c", "d"), False)
+
+
+def test_a_refused_launch_takes_a_higher_number() -> None:
+    launch = Launch(["a", "b"], ["z"], Shape(((0, 1),), 1), 2, "f" * 16)
+    launch.heard(m.Promise(launch.epoch, "a", (), None, ()))
+    launch.heard(m.Refuse(launch.epoch, "b", Epoch(7, "0" * 16)))
+    assert launch.epoch == Epoch(8, "f" * 16)
+    assert [arena for arena, _ in launch.messages()] == ["a", "b", "z"]
+    for arena in ("a", "b"):
+        launch.heard(m.Promise(launch.epoch, arena, (), None, ()))
+    assert launch.choice is None
+    launch.expire()
+    assert launch.choice is not None
+    assert launch.record == EpochRecord(launch.epoch)
+
+
+# --- members
+
+
+def test_one_node_is_protected_by_itself() -> None:
+    """N = 1, m = 0: every seal is one of the whole job, and frees what is older."""
+    job = Job(1, 1, 0)
+    for step in range(10):
+        job.steps(step)
+    announced = [a for a in job.said[0] if isinstance(a, m.Announce)]
+    newest = max(a.snapshot for a in announced)
+    assert {a.level for a in announced if a.snapshot == newest} == {Level.SEALED, Level.PROTECTED}
+    assert [h.snapshot for h in job.machines[0].state.holdings if h.data] == [newest]
+    assert not any(isinstance(a, m.Encode) for a in job.said[0])
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_all_are_told_the_same(slots: int) -> None:
+    job = Job(12, 4, 1, slots=slots, fan_out=2)
+    for step in range(20):
+        job.steps(step)
+    announced = [[a for a in said if isinstance(a, m.Announce)] for said in job.said]
+    assert len([a for a in announced[0] if a.level == Level.PROTECTED]) >= 3
+    assert all(others == announced[0] for others in announced)
+
+
+def test_traffic_of_a_member_does_not_grow_with_the_job() -> None:
+    """The busiest member sends as much in a job of 288 as in one of 96, where the tree is as full."""
+    most = []
+    for count in (96, 288):
+        job = Job(count, 4, 1)
+        before = [len(sent) for sent in job.sent]
+        for step in range(8):
+            job.steps(step)
+        most.append(max(sum(sent[old:]) for sent, old in zip(job.sent, before, strict=True)))
+    assert most[1] <= 1.5 * most[0]
+
+
+def test_parity_is_not_given_up_where_nothing_could_follow() -> None:
+    job = Job(2, 2, 1, slots=2)
+    machine = job.machines[0]
+    for step in range(4):
+        job.steps(step)
+    for holding in machine.state.holdings:
+        holding.parity = None
+        newest = max(s for s, verdict in machine.verdicts.items() if verdict.sealed)
+        machine.give_up_parity(holding.snapshot)
+        assert holding.parity is None or holding.snapshot == machine.state.protected or holding.snapshot < newest
+
+
+def test_nothing_happens_between_promise_and_begin() -> None:
+    job = Job(2, 2, 1)
+    for step in range(3):
+        job.steps(step)
+    machine = job.machines[1]
+    granted = next(h.snapshot for h in machine.state.holdings if h.capturing)
+    machine.handle(m.Prepare(E2), "launch")
+    (tell,) = machine.take()
+    assert isinstance(tell, m.Tell)
+    assert isinstance(tell.message, m.Promise)
+    machine.captured(granted, granted.step, b"record")
+    machine.boundary(9)
+    machine.repeat()
+    assert machine.take() == []
+
+
+def test_an_arena_that_is_not_named_posts_nothing() -> None:
+    """Its memory was lost: a daemon with the same address and another arena is another node."""
+    machine = MemberMachine(ClusterState("fresh"), POLICY)
+    verdict = Entry(SnapshotId(EPOCH, 3))
+    machine.handle(m.Decided(EPOCH, 0, (verdict,)))
+    machine.boundary(1)
+    machine.repeat()
+    assert machine.take() == []
+
+
+def test_a_grant_that_comes_after_a_later_one_is_missed() -> None:
+    job = Job(2, 2, 1)
+    machine = job.machines[1]
+    machine.boundary(0)
+    machine.take()
+    machine.handle(m.Decided(EPOCH, 0, (Entry(SnapshotId(EPOCH, 9)),)))
+    machine.take()
+    machine.handle(m.Decided(EPOCH, 0, (Entry(SnapshotId(EPOCH, 7)), Entry(SnapshotId(EPOCH, 9)))))
+    (tell,) = [a for a in machine.take() if isinstance(a, m.Tell)]
+    assert isinstance(tell.message, m.Facts)
+    missed, open_ = tell.message.entries
+    assert (missed.snapshot.step, missed.sealed, missed.late) == (7, False, True)
+    assert (open_.snapshot.step, open_.sealed) == (9, None)
+
+
+# --- packets
+
+
+def test_hostile_packets_are_refused() -> None:
+    source = random.Random(1)
+    good = m.encode(m.Decided(E1, 0, (Entry(SnapshotId(E1, 3)),)))
+    assert isinstance(m.decode(good), m.Decided)
+    for _ in range(300):
+        data = bytearray(good)
+        for _ in range(source.randint(1, 4)):
+            data[source.randrange(len(data))] = source.randrange(256)
+        try:
+            m.decode(bytes(data[: source.randint(0, len(data))]))
+        except FormatError:
+            continue
+    bad = Shape(((0, 1), (1, 2)), 1)
+    for hostile in (
+        m.Recorded(E1, 0, SnapshotId(E1, -1)),
+        m.Prepare(Epoch(-1, "0" * 16)),
+        m.Promise(E1, "a", (Held(SnapshotId(E1, 1), 0, bad, 1, True, True, True),), None, ()),
+        m.Promise(E1, "a", (Held(SnapshotId(E1, 1), 3, TRIPLE, 1, True, True, True),), None, ()),
+        m.Begin(E1, Membership(E1, ("a", "b"), (), TRIPLE, 2), None, 0, False, 0, {}, None),
+        m.Begin(E1, Membership(E1, ("a",), (), Shape(((0,),), 0), 1), None, 0, False, 0, {}, None),
+    ):
+        with pytest.raises(FormatError):
+            m.decode(m.encode(hostile))
+    for data in (b"", b"\xff", b"\x80", good[:-1], good + b"\x00"):
+        with pytest.raises(FormatError):
+            m.decode(data)
