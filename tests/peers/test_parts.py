@@ -130,6 +130,7 @@ def test_where_to_listen() -> None:
         ({"CKPTD_ADDRESS": "[::]:5"}, "every address and none"),
         ({"CKPTD_ADDRESS": "no host.invalid"}, "not an address or a name"),
         ({"MASTER_ADDR": "no host.invalid"}, "does not resolve"),
+        ({"CKPTD_ADDRESS": "fe80::1"}, "another node on each link"),
         ({"CKPTD_ADDRESS": "a" * 70 + ".invalid"}, "not an address or a name"),
     ]:
         with pytest.raises(ConfigError, match=text):

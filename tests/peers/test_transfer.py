@@ -219,8 +219,10 @@ def test_several_peers_and_the_first_error_ends_all() -> None:
         assert np.array_equal(first, data)
         assert np.array_equal(second, data)
         wanted = [Pull("two", SNAPSHOT, "string", 0, first.data), Pull("one", SNAPSHOT, "nothing", 0, second.data)]
+        mine = Cancellation()
         with pytest.raises(NotFoundError, match="nothing of step 40"):
-            peers.pull(wanted)
+            peers.pull(wanted, cancellation=mine)
+        assert not mine.cancelled
         with pytest.raises(NotFoundError, match="'three'"):
             peers.pull([Pull("three", SNAPSHOT, "string", 0, first.data)])
         held.go_on.set()
@@ -273,6 +275,24 @@ def test_a_message_has_a_deadline() -> None:
         with pytest.raises(DeadlineError, match=r"within 0.1 s"):
             peer.ask("Wait", b"", deadline_s=0.1)
         leave.set()
+
+
+def test_messages_do_not_wait_behind_pulls() -> None:
+    """All connections for pulls are busy; a message is answered meanwhile. Closing leaves the pull its connection."""
+    source = Scripted(random_bytes(SIZE), hold_at=0)
+    with pair(answer=lambda node, kind, body: b"heard", peer={"streams": 1}) as (node, peer):
+        node.sources.register(SNAPSHOT, "string", source)
+        end = in_thread(lambda: peer.pull(SNAPSHOT, "string", 0, np.zeros(SIZE, np.uint8).data))
+        assert source.held.wait(WAIT_S)
+        assert peer.ask("Fact", b"") == b"heard"
+        with pytest.raises(DeadlineError, match="all connections were busy"):
+            peer.pull(SNAPSHOT, "string", 0, np.zeros(1, np.uint8).data, deadline_s=0.01)
+        peer.close()
+        source.go_on.set()
+        assert end() is None
+        for call in (lambda: peer.ask("Fact", b""), lambda: peer.pull(SNAPSHOT, "string", 0, memoryview(bytearray(1)))):
+            with pytest.raises(DaemonError, match="has closed"):
+                call()
 
 
 def test_too_many_calls_are_refused() -> None:
@@ -467,13 +487,15 @@ def test_a_paused_pull_goes_on_and_can_be_cancelled() -> None:
     source = Scripted(random_bytes(100))
     with pair(peer={"throttle": throttle, "deadline_s": 5.0}) as (node, peer):
         node.sources.register(SNAPSHOT, "string", source)
-        peers = Peers({"there": peer}, throttle)
+        peers = Peers({"there": peer})
         target = np.zeros(100, np.uint8)
         wanted = [Pull("there", SNAPSHOT, "string", 0, target.data)]
         end = in_thread(lambda: peers.pull(wanted, cancellation=cancellation))
-        peers.cancel(cancellation)
+        cancellation.cancel()
         assert isinstance(end(), DaemonError)
         assert source.reads == []
+        with pytest.raises(DaemonError, match="cancelled"):
+            peer.pull(SNAPSHOT, "string", 0, target.data, cancellation=cancellation)
         end = in_thread(lambda: peers.pull(wanted))
         throttle.resume()
         assert end() is None

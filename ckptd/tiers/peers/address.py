@@ -67,9 +67,16 @@ def _resolve(host: str, what: str) -> str:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise ConfigError(f"{what}: {host!r} is not an address or a name that resolves ({error})") from None
-    numeric = str(found[0][4][0])
-    if ipaddress.ip_address(numeric.partition("%")[0]).is_unspecified:
+    return _usable(str(found[0][4][0]), what)
+
+
+def _usable(numeric: str, what: str) -> str:
+    """The address, if others can use it; ConfigError."""
+    address = ipaddress.ip_address(numeric.partition("%")[0])
+    if address.is_unspecified:
         raise ConfigError(f"{what}: {numeric} is every address and none; expected one that the other nodes reach")
+    if address.version == 6 and address.is_link_local:
+        raise ConfigError(f"{what}: {numeric} means another node on each link; set CKPTD_ADDRESS to a routed address")
     return numeric
 
 
@@ -83,7 +90,8 @@ def _route_to(master: str) -> str:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.connect(target)
-                return str(probe.getsockname()[0])
+                own = str(probe.getsockname()[0])
+            return _usable(own, f"MASTER_ADDR={master!r}")
         except OSError as error:
             failures.append(f"{target[0]}: {error.strerror}")
     raise ConfigError(f"MASTER_ADDR={master!r}: no route ({'; '.join(failures)}); set CKPTD_ADDRESS")

@@ -4,7 +4,8 @@ Invariants:
 - Every call has a deadline. What waits before a call (the throttle) does not count.
 - A piece is copied into the caller's buffer and its checksum taken of what arrived, in one pass. A wrong one is asked
   for once more; then CorruptionError. After any error the contents of the buffer are undefined.
-- At most `streams` calls at once, each on a connection of its own, and of each at most about one piece in memory.
+- At most `streams` pulls at once, each on a connection of its own, and of each at most about one piece in memory.
+  Messages have a connection for themselves.
 """
 
 from __future__ import annotations
@@ -113,6 +114,9 @@ class Peer:
                 "private_key": credentials.identity.key,
                 "override_hostname": announcement.server_name,
             }
+        self._closed = False
+        self._opening = threading.Lock()
+        self._messages: Any = None
         self._connections: queue.LifoQueue[Any] = queue.LifoQueue()
         for _ in range(streams):
             self._connections.put(None)
@@ -123,10 +127,9 @@ class Peer:
         if len(body) > MOST_MESSAGE_BYTES:
             raise FormatError(f"message {kind} of {len(body)} bytes, expected at most {MOST_MESSAGE_BYTES}")
         limit = self.deadline_s if deadline_s is None else deadline_s
-        with self._connection(limit) as client, self._errors(limit):
-            found: list[bytes] = [
-                result.body.to_pybytes() for result in client.do_action((kind, body), self._call_options(limit))
-            ]
+        with self._errors(limit):
+            results = self._message_connection().do_action((kind, body), self._call_options(limit))
+            found: list[bytes] = [result.body.to_pybytes() for result in results]
         if len(found) != 1 or len(found[0]) > MOST_MESSAGE_BYTES:
             raise FormatError(f"{self._label}: its answer to {kind} is not one message")
         return found[0]
@@ -161,17 +164,22 @@ class Peer:
                     )
 
     def close(self) -> None:
-        """Closes the connections that are not in use; a pull in progress ends by itself. Idempotent."""
+        """Closes the connections; what is in progress ends by itself, and its connection with it. Idempotent."""
+        self._closed = True
+        with self._opening:
+            idle, self._messages = [self._messages], None
         with contextlib.suppress(queue.Empty):
             while True:
-                client = self._connections.get_nowait()
-                if client is not None:
-                    client.close()
+                idle.append(self._connections.get_nowait())
+        for client in idle:
+            if client is not None:
+                client.close()
 
     def _call(self, ticket: Ticket, into: memoryview, limit: float, stop: Cancellation) -> list[int]:
         """One do_get; the places in `into` of pieces whose checksum was wrong."""
-        if not self._throttle.admit(ticket.length, lambda: stop.cancelled):
-            raise self._cancelled(ticket)
+        with stop.stopping(self._throttle.wake):
+            if not self._throttle.admit(ticket.length, lambda: stop.cancelled):
+                raise self._cancelled(ticket)
         with self._connection(limit) as client:
             before = time.thread_time()
             try:
@@ -220,12 +228,24 @@ class Peer:
             raise DeadlineError(f"{self._label}: all connections were busy for {limit:g} s") from None
         try:
             if client is None:
-                client = flight.FlightClient(
-                    f"{self._scheme}://{self._place}", generic_options=_OPTIONS, **self._security
-                )
+                client = self._connect()
             yield client
         finally:
-            self._connections.put(client)
+            if self._closed and client is not None:
+                client.close()
+            self._connections.put(None if self._closed else client)
+
+    def _message_connection(self) -> Any:
+        """The one that messages share: they do not wait behind pieces."""
+        with self._opening:
+            if self._messages is None:
+                self._messages = self._connect()
+            return self._messages
+
+    def _connect(self) -> Any:
+        if self._closed:
+            raise DaemonError(f"{self._label}: this node has closed its connections to it")
+        return flight.FlightClient(f"{self._scheme}://{self._place}", generic_options=_OPTIONS, **self._security)
 
     @contextlib.contextmanager
     def _errors(self, limit: float) -> Iterator[None]:

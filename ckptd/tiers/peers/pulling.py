@@ -8,6 +8,7 @@ interleaved, so that no peer is asked for everything at once.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from ckptd.core.errors import NotFoundError
 from ckptd.core.types import SnapshotId
 from ckptd.tiers.peers.client import Cancellation, Peer
-from ckptd.tiers.peers.throttle import Throttle
 from ckptd.tiers.peers.wire import CALL_BYTES
 
 __all__ = ["Cancellation", "Peers", "Pull", "interleave"]
@@ -46,11 +46,10 @@ def interleave(pulls: Sequence[Pull]) -> Iterator[Pull]:
 
 
 class Peers:
-    """The other nodes of the epoch, and the threads that pull from them. `throttle` is the one that the peers share."""
+    """The other nodes of the epoch, and the threads that pull from them."""
 
-    def __init__(self, peers: Mapping[str, Peer], throttle: Throttle | None = None, *, streams: int = 4) -> None:
+    def __init__(self, peers: Mapping[str, Peer], *, streams: int = 4) -> None:
         self._peers = dict(peers)
-        self._throttle = throttle
         self._threads = concurrent.futures.ThreadPoolExecutor(streams, thread_name_prefix="peers-pull")
 
     def __getitem__(self, node: str) -> Peer:
@@ -68,7 +67,7 @@ class Peers:
         cancellation: Cancellation | None = None,
     ) -> None:
         """Does all pulls, or raises the first error. The deadline is for each call, as in `Peer.pull`."""
-        stop = cancellation or Cancellation()
+        stop = Cancellation()  # not the caller's: a failure ends these pulls and no others
         work = [(self[pull.node], pull) for pull in interleave(pulls)]
         failures: list[Exception] = []
 
@@ -79,18 +78,12 @@ class Peers:
                 peer.pull(pull.snapshot, pull.what, pull.offset, pull.into, deadline_s=deadline_s, cancellation=stop)
             except Exception as error:
                 failures.append(error)
-                self.cancel(stop)
+                stop.cancel()
 
-        running = [self._threads.submit(one, peer, pull) for peer, pull in work]
-        concurrent.futures.wait(running)
+        with contextlib.nullcontext() if cancellation is None else cancellation.stopping(stop.cancel):
+            concurrent.futures.wait([self._threads.submit(one, peer, pull) for peer, pull in work])
         if failures:
             raise failures[0]
-
-    def cancel(self, cancellation: Cancellation) -> None:
-        """Cancels, and wakes pulls that wait for the throttle."""
-        cancellation.cancel()
-        if self._throttle is not None:
-            self._throttle.wake()
 
     def close(self) -> None:
         """Waits for pulls in progress and closes all connections."""
