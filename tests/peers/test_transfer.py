@@ -27,7 +27,7 @@ from ckptd.core.native import crc32c
 from ckptd.plan.stripe import PIECE_BYTES
 from ckptd.tiers.peers import Cancellation, DescriptorSource, Extent, Fragments, Peer, Peers, Pull, Sources, Throttle
 from ckptd.tiers.peers.pulling import interleave
-from ckptd.tiers.peers.wire import CALL_BYTES, MOST_MESSAGE_BYTES, SCHEMA, Ticket, headers
+from ckptd.tiers.peers.wire import BATCH_BYTES, CALL_BYTES, MOST_MESSAGE_BYTES, SCHEMA, Ticket, headers
 from tests.peers.nodes import SIZE, SNAPSHOT, WAIT_S, Child, Node, Scripted, credentials, in_thread, pair, random_bytes
 
 
@@ -53,13 +53,13 @@ def test_what_is_not_there_is_refused_by_name() -> None:
             peer.pull(SNAPSHOT, "string", 51, target.data)
 
 
-def test_a_piece_that_arrives_wrong_is_asked_for_once_more() -> None:
-    """The second piece of three is damaged on the way; only it crosses the network again."""
+def test_a_batch_that_arrives_wrong_is_asked_for_once_more() -> None:
+    """The second of seven is damaged on the way; only it crosses the network again."""
     data = random_bytes(SIZE)
 
     class Second(Scripted):
         def read(self, offset: int, into: memoryview) -> int:
-            self.wrong = int(offset == PIECE_BYTES and (offset, len(into)) not in self.reads)
+            self.wrong = int(offset == BATCH_BYTES and (offset, len(into)) not in self.reads)
             return super().read(offset, into)
 
     source = Second(data)
@@ -68,10 +68,10 @@ def test_a_piece_that_arrives_wrong_is_asked_for_once_more() -> None:
         target = np.zeros(SIZE, np.uint8)
         peer.pull(SNAPSHOT, "string", 0, target.data)
         assert np.array_equal(target, data)
-        assert [offset // PIECE_BYTES for offset, _ in source.reads] == [0, 1, 2, 3, 1]
+        assert [offset // BATCH_BYTES for offset, _ in source.reads] == [0, 1, 2, 3, 4, 5, 6, 1]
 
 
-def test_a_piece_that_is_wrong_twice_is_corrupt() -> None:
+def test_a_batch_that_is_wrong_twice_is_corrupt() -> None:
     source = Scripted(random_bytes(SIZE), wrong=2)
     with pair() as (node, peer):
         node.sources.register(SNAPSHOT, "string", source)
@@ -191,7 +191,7 @@ def test_withdrawn_memory_is_read_no_more() -> None:
 
 
 def test_many_streams_share_few_buffers() -> None:
-    """Sixteen streams of four nodes' worth of threads; the server copies at most two pieces at a time."""
+    """Sixteen streams of four nodes' worth of threads; the server copies at most two batches at a time."""
     data = random_bytes(CALL_BYTES + SIZE)
     source = Scripted(data)
     with pair(buffers=2, peer={"streams": 16}) as (node, peer):
@@ -434,7 +434,7 @@ def test_lying_peers_are_found(name: str) -> None:
         peer.close()
 
 
-def test_a_message_larger_than_a_piece_is_not_taken_in() -> None:
+def test_a_message_larger_than_a_batch_is_not_taken_in() -> None:
     here = credentials("here", tls=False)
     with _Liar(SCHEMA, [(_batch(2 * PIECE_BYTES), _CRC)]) as liar:
         peer = Peer(here, here.announce("127.0.0.1", liar.port), deadline_s=WAIT_S)
@@ -485,7 +485,7 @@ def test_a_paused_pull_goes_on_and_can_be_cancelled() -> None:
     throttle, cancellation = Throttle(), Cancellation()
     throttle.pause()
     source = Scripted(random_bytes(100))
-    with pair(peer={"throttle": throttle, "deadline_s": 5.0}) as (node, peer):
+    with pair(peer={"throttle": throttle}) as (node, peer):
         node.sources.register(SNAPSHOT, "string", source)
         peers = Peers({"there": peer})
         target = np.zeros(100, np.uint8)

@@ -2,9 +2,9 @@
 
 Invariants:
 - Every call has a deadline. What waits before a call (the throttle) does not count.
-- A piece is copied into the caller's buffer and its checksum taken of what arrived, in one pass. A wrong one is asked
-  for once more; then CorruptionError. After any error the contents of the buffer are undefined.
-- At most `streams` pulls at once, each on a connection of its own, and of each at most about one piece in memory.
+- A batch (half a piece) is copied into the caller's buffer and its checksum taken of what arrived, in one pass. A wrong
+  one is asked for once more; then CorruptionError. After any error the contents of the buffer are undefined.
+- At most `streams` pulls at once, each on a connection of its own, and of each at most about two batches in memory.
   Messages have a connection for themselves.
 """
 
@@ -23,11 +23,11 @@ import pyarrow.flight as flight
 from ckptd.core.errors import CkptdError, CorruptionError, DaemonError, DeadlineError, FormatError
 from ckptd.core.native import copy_bytes
 from ckptd.core.types import SnapshotId
-from ckptd.plan.stripe import PIECE_BYTES
 from ckptd.tiers.peers.address import join_address
 from ckptd.tiers.peers.identity import Announcement, Credentials
 from ckptd.tiers.peers.throttle import Throttle
 from ckptd.tiers.peers.wire import (
+    BATCH_BYTES,
     CALL_BYTES,
     CRC_BYTES,
     MOST_MESSAGE_BYTES,
@@ -41,10 +41,10 @@ from ckptd.tiers.peers.wire import (
 DEADLINE_S = 30.0
 STREAMS = 2
 _ROOM_BYTES = 64 * 1024
-"""For what Flight puts around a piece."""
+"""For what Flight puts around a batch."""
 
 _OPTIONS = [
-    ("grpc.max_receive_message_length", PIECE_BYTES + _ROOM_BYTES),
+    ("grpc.max_receive_message_length", BATCH_BYTES + _ROOM_BYTES),
     ("grpc.use_local_subchannel_pool", 1),  # else all clients of a peer share one connection
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -52,7 +52,7 @@ _OPTIONS = [
 
 
 class Cancellation:
-    """Ends the pulls that it was given to: at the next piece, at the latest with the deadline of the call."""
+    """Ends the pulls that it was given to: at the next batch, at the latest with the deadline of the call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -155,7 +155,7 @@ class Peer:
         for start in range(0, len(target), CALL_BYTES):
             part = target[start : start + CALL_BYTES]
             for at in self._call(Ticket(snapshot, what, offset + start, len(part)), part, limit, stop):
-                size = min(PIECE_BYTES, len(part) - at)
+                size = min(BATCH_BYTES, len(part) - at)
                 again = Ticket(snapshot, what, offset + start + at, size)
                 if self._call(again, part[at : at + size], limit, stop):
                     raise CorruptionError(
@@ -176,7 +176,7 @@ class Peer:
                 client.close()
 
     def _call(self, ticket: Ticket, into: memoryview, limit: float, stop: Cancellation) -> list[int]:
-        """One do_get; the places in `into` of pieces whose checksum was wrong."""
+        """One do_get; the places in `into` of batches whose checksum was wrong."""
         with stop.stopping(self._throttle.wake):
             if not self._throttle.admit(ticket.length, lambda: stop.cancelled):
                 raise self._cancelled(ticket)
@@ -195,7 +195,7 @@ class Peer:
                 self._throttle.spent(time.thread_time() - before)
 
     def _receive(self, reader: Any, into: memoryview) -> list[int]:
-        """All pieces of a stream into their places. Raises FormatError for other than was asked for."""
+        """All batches of a stream into their places. Raises FormatError for other than was asked for."""
         if reader.schema != SCHEMA:
             raise FormatError(f"{self._label}: expected one column of bytes, found {str(reader.schema)[:200]!r}")
         wrong, at = [], 0
@@ -204,13 +204,13 @@ class Peer:
                 chunk = reader.read_chunk()
             except StopIteration:
                 break
-            size, crc = min(PIECE_BYTES, len(into) - at), chunk.app_metadata
+            size, crc = min(BATCH_BYTES, len(into) - at), chunk.app_metadata
             if chunk.data is None or chunk.data.num_rows != size or size == 0 or crc is None or crc.size != CRC_BYTES:
-                raise FormatError(f"{self._label}: expected a piece of {size} bytes with its checksum, found another")
+                raise FormatError(f"{self._label}: expected {size} bytes with their checksum, found another")
             chunk.data.validate()
             column = chunk.data.column(0)
             if column.null_count or column.buffers()[1] is None:
-                raise FormatError(f"{self._label}: expected a piece of {size} bytes, found missing ones")
+                raise FormatError(f"{self._label}: expected {size} bytes, found missing ones")
             address = column.buffers()[1].address + column.offset
             if copy_bytes(address, into[at : at + size]) != int.from_bytes(crc.to_pybytes(), "little"):
                 wrong.append(at)

@@ -2,8 +2,8 @@
 
 Invariants:
 - Before a request is looked at, the caller has shown a certificate that is trusted (TLS) and the token of the epoch.
-- All answers together use at most `buffers` buffers of one piece each, allocated when first needed and used again: a
-  piece is copied out of its source once, its checksum taken from the copy, and the copy is what is sent.
+- All answers together use at most `buffers` buffers of one batch each, allocated when first needed and used again: a
+  batch is copied out of its source once, its checksum taken from the copy, and the copy is what is sent.
 - A server is of one epoch; the next epoch has its own.
 
 It sets no limits of its own to the time that a call takes, since Flight cannot end a call from this side: a caller that
@@ -23,11 +23,19 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from ckptd.core.errors import CkptdError, ConfigError, DaemonError, FormatError
-from ckptd.plan.stripe import PIECE_BYTES
 from ckptd.tiers.peers.address import Listener, join_address
 from ckptd.tiers.peers.identity import Announcement, Credentials
 from ckptd.tiers.peers.sources import Registered, Sources
-from ckptd.tiers.peers.wire import CRC_BYTES, MOST_MESSAGE_BYTES, SCHEMA, Ticket, check_headers, check_kind, for_client
+from ckptd.tiers.peers.wire import (
+    BATCH_BYTES,
+    CRC_BYTES,
+    MOST_MESSAGE_BYTES,
+    SCHEMA,
+    Ticket,
+    check_headers,
+    check_kind,
+    for_client,
+)
 
 BUFFERS = 16
 MOST_CALLS = 256
@@ -81,7 +89,7 @@ class PeerServer:
         self.host, self.port = listener.host, listener.port
 
     def close(self, deadline_s: float = 10.0) -> bool:
-        """Ends serving: pieces under way are the last ones. False where a caller that stopped reading holds a call even
+        """Ends serving; batches under way are the last. False where a caller that stopped reading holds a call even
         after the deadline; it is then left to end with that caller."""
         self._service.closing.set()
         ending = threading.Thread(target=self._service.shutdown, name="peers-shutdown", daemon=True)
@@ -112,7 +120,7 @@ class _Caller(flight.ServerMiddleware):  # type: ignore[misc]
 
 
 class _Buffers:
-    """At most `count` buffers of a piece. Each comes back when Flight lets go of what was sent from it."""
+    """At most `count` buffers of a batch. Each comes back when Flight lets go of what was sent from it."""
 
     def __init__(self, count: int) -> None:
         self._left = threading.Semaphore(count)
@@ -125,7 +133,7 @@ class _Buffers:
         try:
             whole = self._idle.pop()
         except IndexError:
-            whole = np.empty(PIECE_BYTES, np.uint8)
+            whole = np.empty(BATCH_BYTES, np.uint8)
         part = whole[:size]
         weakref.finalize(part, self._give, whole).atexit = False
         return part
@@ -153,26 +161,26 @@ class _Service(flight.FlightServerBase):  # type: ignore[misc]
         super().__init__(location, middleware={"guard": guard}, **security)
 
     def do_get(self, context: Any, ticket: Any) -> Any:
-        """Pieces for a ticket."""
+        """The bytes that a ticket asks for."""
         try:
             wanted = Ticket.decode(ticket.ticket)
             registered = self._sources.find(wanted.snapshot, wanted.what)
             registered.check(wanted.offset, wanted.length)
         except CkptdError as error:
             raise for_client(error) from None
-        return flight.GeneratorStream(SCHEMA, self._pieces(context, registered, wanted.offset, wanted.length))
+        return flight.GeneratorStream(SCHEMA, self._batches(context, registered, wanted.offset, wanted.length))
 
-    def _pieces(self, context: Any, registered: Registered, offset: int, length: int) -> Iterator[tuple[Any, bytes]]:
+    def _batches(self, context: Any, registered: Registered, offset: int, length: int) -> Iterator[tuple[Any, bytes]]:
         # The call is counted in here: Flight may drop a generator that it has not started.
         if not self._calls.acquire(blocking=False):
             raise for_client(DaemonError("busy: too many calls at once; ask again"))
         try:
-            for start in range(offset, offset + length, PIECE_BYTES):
+            for start in range(offset, offset + length, BATCH_BYTES):
                 if context.is_cancelled():
                     return
                 if self.closing.is_set():
                     raise DaemonError("is closing")
-                yield self._piece(registered, start, min(PIECE_BYTES, offset + length - start))
+                yield self._batch(registered, start, min(BATCH_BYTES, offset + length - start))
         except CkptdError as error:
             raise for_client(error) from None
         except OSError as error:
@@ -180,8 +188,8 @@ class _Service(flight.FlightServerBase):  # type: ignore[misc]
         finally:
             self._calls.release()
 
-    def _piece(self, registered: Registered, offset: int, size: int) -> tuple[Any, bytes]:
-        """A piece as it is sent, and its checksum. Nothing here may refer to the buffer afterwards."""
+    def _batch(self, registered: Registered, offset: int, size: int) -> tuple[Any, bytes]:
+        """A batch as it is sent, and its checksum. Nothing here may refer to the buffer afterwards."""
         copy = self._buffers.take(size)
         crc = registered.read(offset, copy.data)
         column = pa.Array.from_buffers(SCHEMA.field(0).type, size, [None, pa.py_buffer(copy)], null_count=0)

@@ -4,7 +4,7 @@ Invariants:
 - Who verifies a checksum copies the bytes out first: a source copies into a buffer that nobody else writes, and takes
   the checksum of the copy.
 - After `withdraw` has returned nothing reads the source any more: its memory may be written again. Reads in progress
-  are waited for; each is one piece at most.
+  are waited for; each is one batch (wire.BATCH_BYTES) at most.
 - Sources are read by descriptor; nothing is mapped.
 """
 
