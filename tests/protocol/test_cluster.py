@@ -212,6 +212,16 @@ def test_an_arena_that_is_not_named_posts_nothing() -> None:
     assert machine.take() == []
 
 
+def test_the_level_of_a_restore_point_says_what_it_survives() -> None:
+    for tolerates, level in ((2, Level.PROTECTED), (1, Level.SEALED)):
+        state = ClusterState("a", promised=E2)
+        members = Membership(E2, ("a", "b", "c", "d"), (), TWO_PARITIES, 2)
+        MemberMachine(state).handle(m.Begin(E2, members, SnapshotId(E1, 5), 5, True, tolerates, {}, None))
+        assert state.point_level == level
+        state.confirmed = True
+        assert state.point_level is None
+
+
 def test_a_grant_that_comes_after_a_later_one_is_missed() -> None:
     job = Job(2, 2, 1)
     machine = job.machines[1]

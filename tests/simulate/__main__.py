@@ -1,5 +1,5 @@
-"""`python -m tests.simulate --seed N` replays a seed with its trace; `--count M` runs M of them from N on, `--seconds S`
-as many as fit into that time."""
+"""`python -m tests.simulate --seed N` replays a seed with its trace; `--count M` runs M of them from N on, `--seconds
+S` as many as fit into that time."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from ckptd.core.lineage import EpochRecord
-from ckptd.core.types import Epoch, SnapshotId
+from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.protocol.cluster.facts import Entry, Held, Membership, Shape
 
 PARITY_SETS = 2
@@ -83,6 +83,14 @@ class ClusterState(msgspec.Struct):
     def frozen(self) -> bool:
         """A newer epoch is promised and has not begun: nothing is posted, decided, encoded or freed."""
         return self.membership is None or (self.promised or self.membership.epoch) > self.membership.epoch
+
+    @property
+    def point_level(self) -> Level | None:
+        """How safe the restore point is in memory, until this epoch has protected something: protected only if it still
+        survives as many losses as are promised. None: there is none, or something is protected."""
+        if self.membership is None or self.point is None or self.confirmed:
+            return None
+        return Level.PROTECTED if self.tolerates == self.membership.shape.parity else Level.SEALED
 
     def find(self, snapshot: SnapshotId) -> Holding | None:
         """What is held of a snapshot."""
