@@ -14,7 +14,7 @@ from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.epoch import Launch, choose, numbered, tolerated
 from ckptd.protocol.cluster.facts import Entry, Held, Membership, Shape, children_of, conjunction, merged, parent_of
 from ckptd.protocol.cluster.member import MemberMachine
-from ckptd.protocol.cluster.state import ClusterState
+from ckptd.protocol.cluster.state import ClusterState, Holding, recover
 from tests.protocol.cluster import EPOCH, POLICY, Job, epoch
 
 E1, E2 = epoch(1), epoch(2)
@@ -220,6 +220,18 @@ def test_the_level_of_a_restore_point_says_what_it_survives() -> None:
         assert state.point_level == level
         state.confirmed = True
         assert state.point_level is None
+
+
+def test_a_new_daemon_frees_what_nobody_knows_and_misses_what_is_gone() -> None:
+    known, gone, freed, unknown = (SnapshotId(E1, step) for step in (4, 5, 6, 7))
+    holdings = [Holding(x, 0, TRIPLE, data=True, area=0, encoded=True, freed=x == freed) for x in (known, gone, freed)]
+    state = ClusterState("a", holdings=holdings)
+    assert recover(state, [known, freed, unknown], [known, gone, unknown]) == [
+        (freed, "data"),
+        (unknown, "data"),
+        (unknown, "parity"),
+    ]
+    assert [(h.data, h.encoded) for h in holdings] == [(True, True), (False, True), (True, False)]
 
 
 def test_a_grant_that_comes_after_a_later_one_is_missed() -> None:

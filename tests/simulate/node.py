@@ -12,7 +12,7 @@ from ckptd.core.errors import UnrecoverableError
 from ckptd.core.types import SnapshotId
 from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.member import MemberMachine
-from ckptd.protocol.cluster.state import ClusterState, Holding
+from ckptd.protocol.cluster.state import ClusterState, Holding, recover
 from ckptd.protocol.messages import Policy
 from tests.simulate.strings import (
     Bytes,
@@ -72,7 +72,11 @@ class Node:
 
     def start(self) -> None:
         """The keeper starts a daemon."""
-        self.machine = MemberMachine(msgspec.msgpack.decode(self.ledger, type=ClusterState), POLICY, self.world.fan_out)
+        state = msgspec.msgpack.decode(self.ledger, type=ClusterState)
+        for snapshot, part in recover(state, list(self.data), list(self.parity)):
+            (self.data if part == "data" else self.parity).pop(snapshot)
+            self.damaged.discard((snapshot, part))
+        self.machine = MemberMachine(state, POLICY, self.world.fan_out)
         self.tasks.clear()
         for holding in self.machine.state.holdings:
             if holding.capturing and (self.trainer is None or not self._knows(holding.snapshot)):

@@ -9,12 +9,14 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import msgspec
 
 from ckptd.core.types import Epoch, SnapshotId
 
 FAN_OUT = 16
+Part = Literal["data", "parity"]
 
 
 class Shape(msgspec.Struct, frozen=True, array_like=True):

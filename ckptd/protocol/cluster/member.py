@@ -16,7 +16,7 @@ from ckptd.core.types import Level, SnapshotId
 from ckptd.protocol.cadence import Cadence
 from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.epoch import begin, newest_known, promise
-from ckptd.protocol.cluster.facts import FAN_OUT, Entry, children_of, conjunction, merged, newer, parent_of
+from ckptd.protocol.cluster.facts import FAN_OUT, Entry, Part, children_of, conjunction, merged, newer, parent_of
 from ckptd.protocol.cluster.parity import Work
 from ckptd.protocol.cluster.root import DEAD, Root
 from ckptd.protocol.cluster.state import ClusterState, Holding
@@ -181,7 +181,7 @@ class MemberMachine:
         if verify is not None:
             self._out.append(verify)
 
-    def verified(self, snapshot: SnapshotId, part: m.Part, intact: bool) -> None:
+    def verified(self, snapshot: SnapshotId, part: Part, intact: bool) -> None:
         """Checksums agree, or not."""
         holding = self.state.find(snapshot)
         if holding is not None:

@@ -6,16 +6,14 @@ Decoding is strict, as in protocol/messages.py. All are idempotent; none depends
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import msgspec
 
 from ckptd.core.errors import FormatError
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, Level, SnapshotId
-from ckptd.protocol.cluster.facts import Entry, Held, Membership, Shape
+from ckptd.protocol.cluster.facts import Entry, Held, Membership, Part, Shape
 
-Part = Literal["data", "parity"]
 LEAST_SLOTS = 2
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from ckptd.core.types import SnapshotId
 from ckptd.protocol.cluster import messages as m
-from ckptd.protocol.cluster.facts import Entry
+from ckptd.protocol.cluster.facts import Entry, Part
 from ckptd.protocol.cluster.state import ClusterState, Holding
 
 
@@ -21,7 +21,7 @@ class Work:
 
     encoding: SnapshotId | None = None
     rebuilding: SnapshotId | None = None
-    verifying: tuple[SnapshotId, m.Part] | None = None
+    verifying: tuple[SnapshotId, Part] | None = None
     acknowledged: dict[SnapshotId, set[int]] = dataclasses.field(default_factory=dict)
     _offered: set[SnapshotId] = dataclasses.field(default_factory=set)
     _failed: set[tuple[str, SnapshotId]] = dataclasses.field(default_factory=set)
@@ -90,7 +90,7 @@ class Work:
         """The next string or parity to verify, in turn."""
         if self.verifying is not None:
             return None
-        parts: list[tuple[SnapshotId, m.Part]] = []
+        parts: list[tuple[SnapshotId, Part]] = []
         for holding in state.holdings:
             if holding.data:
                 parts.append((holding.snapshot, "data"))
@@ -103,7 +103,7 @@ class Work:
         self.verifying = self._scrubbed = next(after, parts[0])
         return m.Verify(*self.verifying)
 
-    def verified(self, holding: Holding, part: m.Part, intact: bool) -> None:
+    def verified(self, holding: Holding, part: Part, intact: bool) -> None:
         """What is damaged counts as lacking until it is whole again. Facts stand."""
         if self.verifying != (holding.snapshot, part):
             return

@@ -5,11 +5,13 @@ Written before any action that follows from it, as NodeState is. What is not her
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, Level, SnapshotId
-from ckptd.protocol.cluster.facts import Entry, Held, Membership, Shape
+from ckptd.protocol.cluster.facts import Entry, Held, Membership, Part, Shape
 
 PARITY_SETS = 2
 
@@ -118,3 +120,17 @@ class ClusterState(msgspec.Struct):
         assert self.membership is not None
         used = {h.area for h in self.holdings if h.shape == self.membership.shape}
         return next((area for area in range(PARITY_SETS) if area not in used), None)
+
+
+def recover(
+    state: ClusterState, data: Collection[SnapshotId], parity: Collection[SnapshotId]
+) -> list[tuple[SnapshotId, Part]]:
+    """Makes the state of a daemon's predecessor true where only these strings and parities came over. Returns those of
+    them that it does not know: the predecessor was killed before it could free them."""
+    for holding in state.holdings:
+        holding.data = holding.data and holding.snapshot in data
+        holding.encoded = holding.encoded and holding.snapshot in parity
+    known = {h.snapshot for h in state.holdings if not h.freed}
+    areas = {h.snapshot for h in state.holdings if h.area is not None}
+    strings: list[tuple[SnapshotId, Part]] = [(snapshot, "data") for snapshot in data if snapshot not in known]
+    return strings + [(snapshot, "parity") for snapshot in parity if snapshot not in areas]
