@@ -149,6 +149,14 @@ class Child:
         """Until a read is held."""
         assert self._line() == b"held\n"
 
+    def leave(self) -> str:
+        """Lets it close its server and end; whether all calls had ended."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        found = self._line().decode().strip()
+        assert self.process.wait(WAIT_S) == 0
+        return found
+
     def stop(self) -> None:
         """SIGSTOP, and until it stands."""
         self.process.send_signal(signal.SIGSTOP)
@@ -159,7 +167,10 @@ class Child:
 
     def __exit__(self, kind: type | None, error: BaseException | None, where: TracebackType | None) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
 
 
 def main(size: int, hold_at: int) -> None:
@@ -178,7 +189,7 @@ def main(size: int, hold_at: int) -> None:
         source.held.wait()
         print("held", flush=True)
     sys.stdin.read()
-    server.close()
+    print("closed" if server.close(0.3) else "left", flush=True)
 
 
 PIECES = 3

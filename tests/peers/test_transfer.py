@@ -144,6 +144,31 @@ def test_a_stopped_peer_meets_the_deadline() -> None:
         fresh.close()
 
 
+def test_a_call_that_does_not_end_keeps_nobody_from_leaving() -> None:
+    """A pull without a deadline that hangs: the node closes all the same, and its process ends.
+
+    Flight would wait for the call in three places: in `shutdown`, in the server's destructor, and when Python exits.
+    """
+    here = credentials("here")
+    assert here.identity is not None
+    with Child(here, 10, hold_at=0) as child:
+        client = flight.FlightClient(
+            f"grpc+tls://127.0.0.1:{child.announcement.port}",
+            tls_root_certs=child.announcement.certificate,
+            override_hostname=child.announcement.server_name,
+            cert_chain=here.identity.certificate,
+            private_key=here.identity.key,
+        )
+        ticket = flight.Ticket(Ticket(SNAPSHOT, "string", 0, 10).encode())
+        reader = client.do_get(ticket, flight.FlightCallOptions(headers=headers(here)))
+        child.wait_held()
+        assert child.leave() == "left"
+        reader.cancel()
+        client.close()
+    with Child(here, 10) as child:
+        assert child.leave() == "closed"
+
+
 def test_a_peer_that_is_slow_to_read_meets_the_deadline() -> None:
     source = Scripted(random_bytes(SIZE), hold_at=PIECE_BYTES)
     with pair() as (node, peer):

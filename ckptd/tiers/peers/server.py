@@ -12,6 +12,7 @@ stops reading keeps one buffer until the deadline that it gave.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -92,9 +93,15 @@ class PeerServer:
         """Ends serving; batches under way are the last. False where a caller that stopped reading holds a call even
         after the deadline; it is then left to end with that caller."""
         self._service.closing.set()
-        ending = threading.Thread(target=self._service.shutdown, name="peers-shutdown", daemon=True)
+        # Not `shutdown`: after that one Flight waits for the callers once more when the process ends.
+        ending = threading.Thread(
+            target=self._service.__exit__, args=(None, None, None), name="peers-shutdown", daemon=True
+        )
         ending.start()
         ending.join(deadline_s)
+        if ending.is_alive():
+            # Its destructor would wait for that caller as well.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._service))
         return not ending.is_alive()
 
 
