@@ -87,9 +87,10 @@ def test_many_at_once(served: Lab) -> None:
             "print(request(reach(address_of(Job('a job'))), m.Status()).report['pid'])",
         )
     )
-    started = [subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) for _ in range(4)]
-    said = {process.communicate(timeout=60)[0] for process in started}
-    assert said == {f"{answers(served)}\n".encode()}
+    pipe = subprocess.PIPE
+    started = [subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe) for _ in range(4)]
+    said = {process.communicate(timeout=60) for process in started}
+    assert said == {(f"{answers(served)}\n".encode(), b"")}
     assert len(served.pids("daemon")) == len(served.pids("keeper")) == 1
 
 

@@ -14,7 +14,7 @@ from ckptd.tiers.store import Store
 from tests.faults.lab import Fault, Lab, until
 
 COPY = "ckptd.trainer.copying:CopyJobs.copy"
-FILL = "ckptd.trainer.restoring:fill"
+FILL = "ckptd.trainer.restoring:fill_alone"
 CHOOSE = "ckptd.trainer.start:_choose"
 
 

@@ -13,7 +13,7 @@ COMMIT = "ckptd.tiers.arena:Slot.commit"
 SETTLE = "ckptd.trainer.capture:Capture._settle"
 CHOOSE = "ckptd.trainer.start:_choose"
 HELLO = "ckptd.trainer.start:_hello"
-FILL = "ckptd.trainer.restoring:fill"
+FILL = "ckptd.trainer.restoring:fill_alone"
 
 
 def restarts(lab: Lab, name: str, fault: Fault, **launch: object) -> Run:
