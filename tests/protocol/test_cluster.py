@@ -128,6 +128,8 @@ def test_a_refused_launch_takes_a_higher_number() -> None:
     launch.heard(m.Promise(launch.epoch, "a", (), None, ()))
     launch.heard(m.Refuse(launch.epoch, "b", Epoch(7, "0" * 16)))
     assert launch.epoch == Epoch(8, "f" * 16)
+    launch.heard(m.Refuse(Epoch(1, "f" * 16), "a", launch.epoch))
+    assert launch.epoch == Epoch(8, "f" * 16), "a late answer to the first number"
     assert [arena for arena, _ in launch.messages()] == ["a", "b", "z"]
     for arena in ("a", "b"):
         launch.heard(m.Promise(launch.epoch, arena, (), None, ()))

@@ -137,15 +137,16 @@ class Launch:
         return self._begin is not None and self.begun.issuperset(self.arenas)
 
     def heard(self, message: m.Promise | m.Refuse | m.Begun) -> None:
-        """An answer. One to an earlier number says nothing."""
-        if isinstance(message, m.Refuse):
-            if message.promised >= self.epoch and self.choice is None:
-                self.epoch = Epoch(message.promised.number + 1, self.epoch.nonce)
-                self.promises.clear()
-        elif message.epoch == self.epoch and isinstance(message, m.Promise) and self.choice is None:
-            self.promises[message.arena] = message
-        elif message.epoch == self.epoch and isinstance(message, m.Begun):
+        """An answer. One to an earlier number says nothing: a late refusal of it would raise the number for ever."""
+        if message.epoch != self.epoch:
+            return
+        if isinstance(message, m.Begun):
             self.begun.add(message.arena)
+        elif self.choice is None and isinstance(message, m.Promise):
+            self.promises[message.arena] = message
+        elif self.choice is None and isinstance(message, m.Refuse) and message.promised >= self.epoch:
+            self.epoch = Epoch(message.promised.number + 1, self.epoch.nonce)
+            self.promises.clear()
         self._choose()
 
     def expire(self) -> None:
