@@ -297,6 +297,8 @@ class Node:
         records = self._records(snapshot, holding)
         striping = striping_of(holding.shape, holding.string, records)
         lost = {number for number in striping.group.nodes if not self._has_both(number, snapshot)}
+        if any((h := peer.state.find(snapshot)) and h.data for peer in self.peers(holding.string)):
+            lost.discard(holding.string)  # a guest has it: copied, not decoded
         data = read_string(
             striping,
             holding.string,

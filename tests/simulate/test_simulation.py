@@ -19,7 +19,7 @@ from ckptd.protocol.cluster.state import ClusterState, Holding
 from tests.simulate.oracle import BrokenPromiseError
 from tests.simulate.simulation import TURNS, Simulation
 
-CHUNKS, SEEDS = 5, 40
+CHUNKS, SEEDS = 5, 60
 ENOUGH = 250
 """Seeds within which a broken rule must show."""
 
