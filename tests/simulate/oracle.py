@@ -155,6 +155,13 @@ class Oracle:
             self.protected = None
         if self.sealed is not None and (point is None or self.sealed.snapshot > point):
             self.sealed = None
+        known = self.protected
+        if (
+            known is not None
+            and (kept is None or kept < known.snapshot)
+            and not self._losses_are_covered(known, promises)
+        ):
+            self.protected = None  # more was lost or damaged than was promised; nobody has to keep what is left
         if point is not None and not choice.held:
             self.protected = self.sealed = None  # what is durable needs no memory
         if kept is not None and (self.protected is None or kept > self.protected.snapshot):
