@@ -120,6 +120,8 @@ def test_a_dead_branch_is_not_chosen() -> None:
 def test_who_holds_a_string_keeps_its_number() -> None:
     found = {"c": held(5, 0, TRIPLE), "a": held(5, 2, TRIPLE)}
     assert numbered(["a", "b", "c"], found, TRIPLE) == (("c", "b", "a"), True)
+    copies = {"a": held(5, 0, TRIPLE, parity=False), "b": held(5, 0, TRIPLE)}
+    assert numbered(["a", "b", "c"], copies, TRIPLE)[0][0] == "b", "the copy with parities is the one that stays"
     assert numbered(["a", "b", "c", "d"], found, TWO_PARITIES) == (("a", "b", "c", "d"), False)
 
 

@@ -99,8 +99,10 @@ class Node:
         """Something happens to the daemon: the state is written, then the actions are carried out."""
         if self.machine is None:
             return
-        machine = self.machine
+        machine, epoch = self.machine, self.machine.state.epoch
         handler(machine)
+        if machine.state.epoch != epoch:
+            self.tasks.clear()  # a Begin stops all work
         actions = machine.take()
         self.ledger = msgspec.msgpack.encode(machine.state)
         if machine.state.confirmed and machine.state.protected is not None:

@@ -91,11 +91,16 @@ def numbered(arenas: Sequence[str], held: dict[str, Held], shape: Shape) -> tupl
     if shapes != {shape}:
         return tuple(arenas), False
     places: list[str | None] = [None] * shape.count
-    for arena in sorted(arenas, key=lambda name: not (name in held and held[name].data)):
+    for arena in sorted(arenas, key=lambda name: _worth(held.get(name)), reverse=True):
         if arena in held and places[held[arena].string] is None:
             places[held[arena].string] = arena
     others = (arena for arena in arenas if arena not in places)
     return tuple(arena if arena is not None else next(others) for arena in places), True
+
+
+def _worth(item: Held | None) -> int:
+    """Of two that hold the same string the one with its parities stays: the other one's copy is freed."""
+    return 0 if item is None or not item.data else 2 if item.parity else 1
 
 
 # --- rank 0
