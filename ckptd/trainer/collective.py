@@ -10,8 +10,9 @@ failure on one rank never leaves the others waiting for longer than the timeout.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -55,6 +56,7 @@ class Group:
         self._handle = handle
         self.rank = 0 if handle is None else dist.get_rank(handle)
         self.size = 1 if handle is None else dist.get_world_size(handle)
+        self._unfinished: list[object] = []
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """What every rank gave, by rank."""
@@ -116,20 +118,40 @@ class Group:
 
     def swap(self, sent: Sequence[Message], received: Sequence[Message]) -> None:
         """Sends and receives all at once; returns when all have arrived. The other ranks do their side at the same
-        time. No order among the messages can block, since every receiver is ready before anybody waits."""
+        time. No order among the messages can block, since every receiver is ready before anybody waits. Where one of
+        them is dead, the others get their messages all the same: they may not have heard of it yet."""
         if self._handle is None or not (sent or received):
             return
-        try:
-            works = [
-                operation(_tensor(message.data), self._global(message.rank), group=self._handle, tag=message.tag)
-                for operation, messages in ((dist.irecv, received), (dist.isend, sent))
-                for message in messages
-            ]
-            for work in works:
+        failures: list[RuntimeError] = []
+        works = []
+        for message in received:
+            with _noting(failures):
+                target = _tensor(message.data)
+                works.append(dist.irecv(target, self._global(message.rank), group=self._handle, tag=message.tag))
+        works += self._send(sent, failures)
+        for work in works:
+            with _noting(failures):
                 if work is not None:
                     work.wait()
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        if failures:
+            raise self._lost(failures[0]) from failures[0]
+
+    def farewell(self, sent: Sequence[Message], failure: Exception) -> None:
+        """For a rank that leaves because another is lost: those that have not heard of it yet get what this rank has
+        for them in their next `swap`, and its failure in the `agree` after that. Waits for nothing; what is on its way
+        is kept alive."""
+        if self._handle is not None:
+            self._unfinished += [(sent, self._send(sent, []))]
+            with contextlib.suppress(CkptdError):
+                self._unfinished += [self.agree(failure)]
+
+    def _send(self, messages: Sequence[Message], failures: list[RuntimeError]) -> list[dist.Work | None]:
+        works = []
+        for message in messages:
+            with _noting(failures):
+                source = _tensor(message.data)
+                works.append(dist.isend(source, self._global(message.rank), group=self._handle, tag=message.tag))
+        return works
 
     def _global(self, rank: int) -> int:
         assert self._handle is not None
@@ -219,6 +241,15 @@ def _raised(failure: Exception | None) -> bytes:
     if failure is not None:
         raise failure
     return b""
+
+
+@contextlib.contextmanager
+def _noting(failures: list[RuntimeError]) -> Iterator[None]:
+    """What gloo raises is noted, so that the rest is done."""
+    try:
+        yield
+    except RuntimeError as error:
+        failures.append(error)
 
 
 def _tensor(data: memoryview) -> torch.Tensor:

@@ -43,8 +43,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ckptd.core.errors import FormatError
-from ckptd.trainer.collective import Group, Message
+from ckptd.core.errors import DeadlineError, FormatError
+from ckptd.trainer.collective import Agreement, Group, Message
 from ckptd.trainer.exchange_schedule import Schedule, Unit, make_schedule
 from ckptd.trainer.exchange_staging import Staging
 from ckptd.trainer.loading import Filling, RunReader, packed, threads_for
@@ -180,7 +180,7 @@ class _Run:
                 work: list[Future[None]] = []
                 failure = _failure(functools.partial(self._begin, step, work))
                 try:
-                    agreement.result()
+                    self._heard(agreement, step)
                     failure = failure or _failure(functools.partial(self._go_on, step, work))
                 finally:
                     wait(work)
@@ -197,6 +197,15 @@ class _Run:
         finally:
             for future in self._alone:
                 future.cancel()
+
+    def _heard(self, agreement: Agreement, step: int) -> None:
+        """All have done the step before. A rank that is lost may have told some of us and not others, and these are
+        already waiting for what we have for them in this step."""
+        try:
+            agreement.result()
+        except DeadlineError as lost:
+            self._group.farewell(self._messages(step - self._lag)[0] if self._lag else [], lost)
+            raise
 
     def _begin(self, step: int, work: list[Future[None]]) -> None:
         """What of a step need not wait for others; it is added to `work`."""
@@ -248,6 +257,10 @@ class _Run:
 
     def _swap(self, number: int) -> None:
         """Sends what was fetched, as it is stored, to the decoders on other nodes, and receives as one of them."""
+        self._group.swap(*self._messages(number))
+
+    def _messages(self, number: int) -> tuple[list[Message], list[Message]]:
+        """What this rank sends in a round, and what it receives."""
         sent, received = [], []
         for unit in self._round(number):
             decoders = [place.decoder for place in unit.places.values() if place.decoder != unit.reader]
@@ -257,7 +270,7 @@ class _Run:
                 stored = np.empty(self._tier.stored_bytes(unit.rows), np.uint8).data
                 self._stored[unit.number] = stored
                 received.append(Message(unit.reader, unit.number, stored))
-        self._group.swap(sent, received)
+        return sent, received
 
     def _decode(self, unit: Unit, number: int) -> None:
         """Into shared memory and from there into the own targets, or straight into these."""
