@@ -310,6 +310,9 @@ class SimulatedInput:
         self.size = len(self._content)
         self.modified = 0.0
 
+    def expect(self, offset: int, size: int) -> None:
+        """There is no disk to wait for."""
+
     def read_into(self, offset: int, into: memoryview) -> None:
         view = into.cast("B")
         found = self._content[offset : offset + len(view)]

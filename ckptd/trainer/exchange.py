@@ -209,6 +209,8 @@ class _Run:
 
     def _begin(self, step: int, work: list[Future[None]]) -> None:
         """What of a step need not wait for others; it is added to `work`."""
+        for unit in self._fetched(step + 1) if self._lag else self._decoded(step + 1):
+            self._tier.expect(unit.rows)
         if self._lag:
             work += [self._pool.submit(self._fetch, unit) for unit in self._fetched(step)]
         else:

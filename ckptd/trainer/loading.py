@@ -51,6 +51,8 @@ class RunReader(Protocol):
 
     def runs(self, rows: npt.ArrayLike) -> list[list[int]]: ...
 
+    def expect(self, rows: Sequence[int]) -> None: ...
+
     def read_run(self, rows: Sequence[int], into: Sequence[memoryview]) -> None: ...
 
 
@@ -67,6 +69,9 @@ class RowReader:
         given = np.unique(np.asarray(rows, np.int64))
         order = np.lexsort([getattr(self._catalog, name)[given] for name in reversed(_PLACE)])
         return [[row] for row in given[order].tolist()]
+
+    def expect(self, rows: Sequence[int]) -> None:
+        """Nothing is further away than memory."""
 
     def read_run(self, rows: Sequence[int], into: Sequence[memoryview]) -> None:
         for row, target in zip(rows, into, strict=True):
@@ -103,25 +108,27 @@ def fill(
 def fill_alone(filling: Filling, reader: RunReader, threads: int | None = None) -> None:
     """Reads everything into the targets; after the first run that fails no other begins."""
     runs = reader.runs(filling.rows)
+    workers = min(threads or threads_for(reader), len(runs))
     stopped = threading.Event()
 
-    def work(remaining: Iterator[Sequence[int]]) -> None:
+    def work(remaining: Iterator[int]) -> None:
         try:
-            for run in remaining:
+            for number in remaining:
                 if stopped.is_set():
                     return
-                filling.read(reader, run)
+                if number + workers < len(runs):
+                    reader.expect(runs[number + workers])
+                filling.read(reader, runs[number])
         except BaseException:
             stopped.set()
             raise
 
-    remaining = iter(list(runs))  # of a list: threads may share it
-    threads = min(threads or threads_for(reader), len(runs))
-    if threads <= 1:
+    remaining = iter(range(len(runs)))  # of a range: threads may share it
+    if workers <= 1:
         work(remaining)
         return
-    with concurrent.futures.ThreadPoolExecutor(threads, "ckptd-load") as pool:
-        working = [pool.submit(work, remaining) for _ in range(threads)]
+    with concurrent.futures.ThreadPoolExecutor(workers, "ckptd-load") as pool:
+        working = [pool.submit(work, remaining) for _ in range(workers)]
         try:
             for done in working:
                 done.result()

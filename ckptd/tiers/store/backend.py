@@ -53,6 +53,9 @@ class InputFile(Protocol):
     def read_into(self, offset: int, into: memoryview) -> None:
         """Fills `into`; a file that ends before is a CorruptionError."""
 
+    def expect(self, offset: int, size: int) -> None:
+        """These bytes will be read soon. Only a hint: returns at once, raises nothing."""
+
     def close(self) -> None:
         """Gives up the descriptor; idempotent."""
 

@@ -227,6 +227,9 @@ class ObjectInput:
     def modified(self) -> float:
         return self._back_end.modified(self._path)
 
+    def expect(self, offset: int, size: int) -> None:
+        """Nothing reads ahead."""
+
     def read_into(self, offset: int, into: memoryview) -> None:
         view = into.cast("B")
         described = self._back_end.describe(self._path)

@@ -213,6 +213,10 @@ class PosixInput:
                 view = view[count:]
                 offset += count
 
+    def expect(self, offset: int, size: int) -> None:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)

@@ -191,6 +191,12 @@ class StoredCheckpoint:
         self.fetch(rows, stored)
         self.decode(rows, stored, into)
 
+    def expect(self, rows: Sequence[int]) -> None:
+        """A run will be read soon: what comes from a disk may be on its way meanwhile."""
+        catalog, first = self.catalog(), rows[0]
+        with self._data_file((int(catalog.writer[first]), int(catalog.file[first]))) as file:
+            file.expect(int(catalog.file_offset[first]), self.stored_bytes(rows))
+
     def stored_bytes(self, rows: Sequence[int]) -> int:
         """Bytes that `fetch` reads for a run."""
         catalog = self.catalog()
