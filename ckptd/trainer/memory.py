@@ -46,11 +46,12 @@ NAMED = 5
 
 
 class Holdings(msgspec.Struct, frozen=True):
-    """What a rank tells the others of its state: its pieces, second keys of tied tensors, and what it found when
-    `compared` was captured: a checksum for each label of what ranks have in common."""
+    """What a rank tells the others of its state: its pieces, second keys of tied tensors, labels of what is known to
+    differ, and what it found when `compared` was captured: a checksum for each label of what ranks have in common."""
 
     pieces: list[Piece]
     aliases: dict[str, str]
+    differing: frozenset[str]
     compared: int | None
     checksums: dict[str, int]
 
@@ -105,6 +106,7 @@ class SnapshotMemory:
         self._objects_room = OBJECTS_ROOM
         self._written: set[str] = set()
         self._thawed: set[str] = set()
+        self._differing: frozenset[str] = frozenset()
         self._compared: int | None = None
         self._checksums: dict[str, int] = {}
         self._closed = False
@@ -115,7 +117,8 @@ class SnapshotMemory:
         """Tells the daemon what the state consists of. Raises what reading the state raises."""
         sources = self._state.sources()
         self._surveyed = _Surveyed(generation, pieces_of(sources), sources, self._frozen_keys())
-        holdings = Holdings(self._surveyed.pieces, self._state.aliases(), self._compared, self._checksums)
+        found = (self._differing, self._compared, self._checksums)
+        holdings = Holdings(self._surveyed.pieces, self._state.aliases(), *found)
         self._objects_room = max(self._objects_room, 2 * len(pack_table(self._state.objects())) + OBJECTS_ROOM)
         descriptor = os.memfd_create("ckptd-pieces", os.MFD_CLOEXEC)
         os.write(descriptor, msgspec.msgpack.encode(holdings))
@@ -182,11 +185,6 @@ class SnapshotMemory:
         """Of one snapshot of this rank, the frozen region not counted."""
         return 0 if self._layout is None else int(self._layout.catalog.raw.sum())
 
-    @property
-    def objects_bytes(self) -> int:
-        """Room for objects in a slot."""
-        return 0 if self._layout is None else self._layout.geometry.objects_bytes
-
     def close(self) -> None:
         """Lets go of all slots, once the one in the making is made: the end of the interpreter must not meet it."""
         self._closed = True
@@ -208,7 +206,7 @@ class SnapshotMemory:
             return
         keys = {piece.key for holdings in held for piece in holdings.pieces}
         aliases = {k: v for holdings in reversed(held) for k, v in holdings.aliases.items() if k not in keys}
-        differing = self._differing(held)
+        self._differing = differing = self._known_to_differ(held)
         pieces = [replicas.as_own(holdings.pieces, differing) for holdings in held]
         every = replicas.held_in_common(pieces, differing)
         common = {ranks: pieces for ranks, pieces in every.items() if self._rank in ranks}
@@ -249,19 +247,21 @@ class SnapshotMemory:
     def _frozen_keys(self) -> frozenset[str]:
         return self._state.frozen() - self._thawed
 
-    def _differing(self, held: Sequence[Holdings]) -> frozenset[str]:
-        """What the ranks have found to differ at the step that all have compared last."""
+    def _known_to_differ(self, held: Sequence[Holdings]) -> frozenset[str]:
+        """What any rank knows to differ, and what does at the step that all have compared last: the same on all ranks,
+        whichever surveys they took part in."""
+        known = frozenset().union(*(holdings.differing for holdings in held))
         if held[0].compared is None or len({holdings.compared for holdings in held}) > 1:
-            return frozenset()
-        differing = replicas.differing([holdings.checksums for holdings in held])
-        if differing and self._rank == 0:
+            return known
+        found = replicas.differing([holdings.checksums for holdings in held]) - known
+        if found and self._rank == 0:
             log.warning(
                 "%s should be the same on several ranks and are not (compared at step %d): whole tensors are captured "
                 "from each rank from now on, of shards one rank's",
-                _some(differing),
+                _some(found),
                 held[0].compared,
             )
-        return differing
+        return known | found
 
     def _set_apart(
         self, catalog: Catalog, surveyed: _Surveyed, aliases: Mapping[str, str]

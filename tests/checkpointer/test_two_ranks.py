@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import ckptd
 from ckptd.core.types import Level
+from ckptd.daemon.client import Control
 from tests.checkpointer.child import Child, await_parent, report
 from tests.checkpointer.home import Home
 from tests.checkpointer.training import Training, until
@@ -327,9 +328,12 @@ def lengths(store: str) -> int:
 
 
 def test_what_is_taken_for_a_replica_and_is_none(home: Home) -> None:
-    """Weights that drift apart are seen at the first snapshot; from then on each rank's are kept, and come back."""
-    trained = values(pair(home, drifts_apart, home.store()))
+    """Weights that drift apart are seen at the first snapshot; from then on each rank's are kept, whatever the layout,
+    and come back."""
+    found = values(pair(home, drifts_apart, home.store()))
+    trained = [weights for weights, _ in found]
     assert trained[0] != trained[1]
+    assert [times for _, times in found] == [1, 1]
     assert values(pair(home, comes_back, home.store())) == trained
     stored = ckptd.open(home.store())
     stored.verify()
@@ -342,14 +346,19 @@ def drifts_apart(store: str) -> Any:
         for step in checkpointer.steps(6):
             if step > 2:
                 checkpointer.snapshot()
+            if step == 4:
+                training.state["late"] = torch.zeros(3)
             training.step()
             with torch.no_grad():
                 training.model.weight += rank()
-    return training.weights
+        control = Control.connect()
+        times = control.status()["counters"]["replicas_differ"]
+        control.close()
+    return training.weights, times
 
 
 def comes_back(store: str) -> Any:
-    training = Training()
+    training = Training(late=torch.ones(3))
     with ckptd.Checkpointer(training.state, store) as checkpointer:
         assert checkpointer.restore() == 6
         return training.weights
