@@ -1,8 +1,9 @@
 """The state machine of one node's daemon: epochs, members, grants, seals, flushes. Events in, actions out.
 
 Owns every decision of the daemon; does no I/O and reads no clock. `NodeState` is the part that outlives the daemon
-(the server writes it into the arena before any action is carried out), `Member`s come back by their Hello. Which slots
-a rank gets is decided in layouts.py, when to grant in cadence.py, what to flush in flushes.py.
+(the server writes it into the arena before any action is carried out), `Member`s come back by their Hello. Decided
+elsewhere: which slots a rank gets (layouts.py), when to grant (cadence.py), what to flush (flushes.py), when nobody has
+been here for too long (quiet.py).
 
 Invariants
 - Epochs only grow: nothing of an epoch below the promise is served (promise 5). An epoch has one process a rank.
@@ -26,16 +27,12 @@ from ckptd.protocol.cadence import Cadence
 from ckptd.protocol.flushes import Flushes, Request
 from ckptd.protocol.layouts import allot
 from ckptd.protocol.members import Member, Members
+from ckptd.protocol.quiet import Quiet
 from ckptd.protocol.slots import Granted
 from ckptd.protocol.state import NodeState, describe
 
 PIPELINE = 2
 """Snapshots that may be granted and not yet sealed at a time."""
-
-IDLE_S = 60.0
-"""A daemon that no epoch has begun on leaves after this time."""
-
-JOIN_S = 5.0  # how long an epoch that is promised, or has no rank yet, is waited for at the least
 
 MAX_WORLD = 120
 """Ranks of one node: a Welcome passes two descriptors for each, and the kernel passes 253 at a time."""
@@ -55,7 +52,7 @@ class NodeMachine:
         self._cadence: Cadence | None = None
         self._flushes = Flushes()
         self._beginning: set[int] = set()
-        self._quiet_since_s: float | None = now_s
+        self._quiet = Quiet(now_s)
         self._planned = False
         self._draining = False
         self._available_bytes, self._limit = 0, ""
@@ -211,7 +208,7 @@ class NodeMachine:
             self._refuse(peer, "DaemonError", f"epoch {message.epoch} is not above {state.promised}", state.promised)
             return
         state.promised = message.epoch
-        self._quiet_since_s = None
+        self._quiet.end()
         self._disconnect_members()
         self._send(peer, m.Promise([s.snapshot for s in state.table.sealed], state.records))
 
@@ -223,7 +220,7 @@ class NodeMachine:
         if message.world > MAX_WORLD:
             self._refuse(peer, "ConfigError", f"{message.world} ranks on one node; at most {MAX_WORLD} are served")
             return
-        self._quiet_since_s = None
+        self._quiet.end()
         if state.epoch != message.epoch:
             self._adopt(message.epoch, message.world, message.restore_point, message.policy)
         if message.policy.store is None:
@@ -266,7 +263,7 @@ class NodeMachine:
         state.left.discard(rank)
         if process is not None:
             state.processes[instance] = process
-        self._quiet_since_s = None
+        self._quiet.end()
         self._welcome(peer, rank, returns)
 
     def _welcome(self, peer: int, rank: int, returns: bool) -> None:
@@ -560,13 +557,10 @@ class NodeMachine:
             self._out.append(Exit("the job has closed"))
             return
         if any(self.members.present()) or self._beginning or self.state.has_living_ranks:
-            self._quiet_since_s = None
+            self._quiet.end()
             return
-        self._quiet_since_s = self._now_s if self._quiet_since_s is None else self._quiet_since_s
-        linger_s = IDLE_S if self.state.policy is None else self.state.policy.linger_s
-        if self.state.frozen or not self.state.instances:
-            linger_s = max(linger_s, JOIN_S)
-        if self._now_s - self._quiet_since_s >= linger_s:
+        linger_s = self._quiet.too_long_s(self.state, self._now_s)
+        if linger_s is not None:
             self._out.append(Exit(f"nobody came for {linger_s:.0f} s"))
 
     # --- small things
@@ -577,7 +571,7 @@ class NodeMachine:
         return {
             **describe(self.state, connected),
             "interval": self._cadence.interval if self._cadence else None,
-            "lingering_s": None if self._quiet_since_s is None else self._now_s - self._quiet_since_s,
+            "lingering_s": self._quiet.lasted_s(self._now_s),
         }
 
     def _count(self, name: str) -> None:

@@ -341,7 +341,7 @@ def test_what_is_taken_for_a_replica_and_is_none(home: Home) -> None:
 
 
 def drifts_apart(store: str) -> Any:
-    training = Training()
+    training = Training(steady=torch.ones(3))
     with ckptd.Checkpointer(training.state, store) as checkpointer:
         for step in checkpointer.steps(6):
             if step > 2:
@@ -358,7 +358,7 @@ def drifts_apart(store: str) -> Any:
 
 
 def comes_back(store: str) -> Any:
-    training = Training(late=torch.ones(3))
+    training = Training(steady=torch.zeros(3), late=torch.ones(3))
     with ckptd.Checkpointer(training.state, store) as checkpointer:
         assert checkpointer.restore() == 6
         return training.weights

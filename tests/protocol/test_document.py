@@ -8,7 +8,8 @@ import typing
 import msgspec
 
 from ckptd.protocol import messages as m
-from ckptd.protocol.node import IDLE_S, MAX_WORLD, PIPELINE
+from ckptd.protocol.node import MAX_WORLD, PIPELINE
+from ckptd.protocol.quiet import IDLE_S
 from ckptd.protocol.state import NodeState
 from tests.protocol.tables import DOCUMENT, renewed
 from tests.protocol.test_transcripts import TRANSCRIPTS
