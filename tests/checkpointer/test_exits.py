@@ -16,7 +16,7 @@ import pytest
 import ckptd
 from ckptd.core.types import Level
 from ckptd.daemon.client import Control, jobs
-from tests.checkpointer.child import Child, await_parent, report
+from tests.checkpointer.child import Child, Ended, await_parent, report
 from tests.checkpointer.home import Home
 from tests.checkpointer.training import Training, until, weights_after
 
@@ -308,12 +308,17 @@ def end_slowly(store: str) -> str:
 # --- SIGTERM
 
 
+def sigterm(child: Child) -> Ended:
+    """The end of a training that gets SIGTERM once something is sealed."""
+    assert child.receive() == "sealed"
+    os.kill(child.pid, signal.SIGTERM)
+    return child.end()
+
+
 def terminated(home: Home, **options: object) -> tuple[int, str]:
     """A training that gets SIGTERM with snapshots in memory and none in the store; its end."""
     child = Child(home.environment, home.folder / "log", train_on, home.store(), options)
-    assert child.receive() == "sealed"
-    os.kill(child.pid, signal.SIGTERM)
-    ended = child.end()
+    ended = sigterm(child)
     return ended.status, ended.stderr
 
 
@@ -350,9 +355,7 @@ def test_sigterm_kills_when_the_newest_sealed_snapshot_is_durable(home: Home) ->
 def test_sigterm_in_a_collective_that_hangs(home: Home) -> None:
     """The main thread is in C and never comes back: Python's handlers do not run, ours does."""
     child = Child(home.environment, home.folder / "log", hang, home.store())
-    assert child.receive() == "sealed"
-    os.kill(child.pid, signal.SIGTERM)
-    ended = child.end()
+    ended = sigterm(child)
     assert ended.status == -signal.SIGTERM, ended.stderr
     assert home.checkpoints() == [2]
     home.stop()
@@ -376,9 +379,7 @@ def hang(store: str) -> None:
 def test_sigterm_leaves_the_last_word_to_the_previous_handler(home: Home) -> None:
     """One that only takes note: the loop ends by itself, cleanly, with its last step durable."""
     child = Child(home.environment, home.folder / "log", train_on, home.store(), {"handler": "stop"})
-    assert child.receive() == "sealed"
-    os.kill(child.pid, signal.SIGTERM)
-    ended = child.end()
+    ended = sigterm(child)
     assert ended.status == 0, ended.stderr
     assert home.checkpoints()[-1] == ended.value
     assert len(home.checkpoints()) >= 2
@@ -394,9 +395,7 @@ def test_sigterm_with_a_handler_that_exits(home: Home) -> None:
 def test_sigterm_that_was_ignored_stays_ignored(home: Home) -> None:
     """What is sealed becomes durable all the same: somebody wants the machine."""
     child = Child(home.environment, home.folder / "log", train_on, home.store(), {"handler": "ignore"})
-    assert child.receive() == "sealed"
-    os.kill(child.pid, signal.SIGTERM)
-    ended = child.end()
+    ended = sigterm(child)
     assert ended.status == 0, ended.stderr
 
 
