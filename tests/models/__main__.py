@@ -15,7 +15,7 @@ def main() -> int:
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--slots", type=int, default=2, help="snapshots that a node has room for (default 2)")
     parser.add_argument("--lazy", type=int, default=0, metavar="COLUMNS", help="free step by step; snapshots at a time")
-    parser.add_argument("--never-give-up", action="store_true", help="no node posts NoParity")
+    parser.add_argument("--hasty", action="store_true", help="give up parity before anything newer is sealed")
     parser.add_argument("--mutation", choices=MUTATIONS, help="a rule to leave out")
     parser.add_argument("--most-states", type=int, default=10**7)
     options = parser.parse_args()
@@ -25,7 +25,7 @@ def main() -> int:
         parity,
         groups=options.groups,
         slots=options.slots,
-        gives_up=not options.never_give_up,
+        hasty=options.hasty,
         lazy=options.lazy > 0,
         most_columns=options.lazy or Model.most_columns,
         mutation=options.mutation,

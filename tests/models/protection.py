@@ -4,8 +4,8 @@ Everything that is random in the world is a step that may or may not happen. Why
 - Facts are permanent and may arrive at any time or never, and a node may act on a decision at any time or never. So a
   decision counts as announced as soon as its facts are posted, and messages need no states.
 - Freed at once, everywhere, is what no rule needs: what is older than the newest protected snapshot, was missed by a
-  node, or is superseded; also parity given up. To keep it longer forbids captures, and lets a restart find only what
-  an earlier one would have found. `lazy` leaves that out: each node frees in a step of its own, data and parity apart.
+  node, or is superseded. To keep it longer forbids captures, and lets a restart find only what an earlier one would
+  have found. `lazy` leaves that out: each node frees in a step of its own, data and parity apart.
 - So snapshots need no numbers, and runs no bound.
 - A node that is lost was silent before, so a loss is part of the restart that finds it; and in each state each rule is
   checked for every loss that is covered. One that has promised a new epoch takes no further step; so Prepare,
@@ -15,8 +15,8 @@ Rules that only this check showed to be needed:
 - Begin pins the newest protected snapshot beside a restore point that is not protected ('unpinned'), and that one then
   gets its parity in the new epoch (`resume`), or two slots would be held for ever.
 - After a restart a group may lack data or parity on at most m nodes; not: parity on every survivor ('strict').
-- NoParity frees neither parity of the restore point ('loosened') nor data; so it needs a third slot, and a newer sealed
-  snapshot must free one whose parity was given up (`supersede`).
+- Parity is given up only of what something newer, sealed by all, follows ('hasty'): before that nothing could follow
+  where two slots are full. What follows then frees it, data and parity (`supersede`), or three slots would fill up too.
 
 Not modelled: bytes, clocks, flushes and other pins, groups that change, members that were cut off and come back.
 """
@@ -66,13 +66,12 @@ PROTECTED = "is protected"
 
 MUTATIONS = {
     "group": "a node frees what is older than a sealed snapshot as soon as its own group has protected that",
-    "abort": "parity that is not complete at the deadline frees the data too",
+    "abort": "parity that is not complete at the deadline frees the data",
     "forgetful": "a root that restarts empty takes for missed what it has not heard of",
     "thaw": "the inventory is taken before the nodes promise and freeze",
     "seal": "a newer sealed snapshot frees the protected one",
     "overwrite": "the next parity is written over that of the newest protected snapshot",
     "unpinned": "Begin keeps the restore point alone, even if that is not protected and an older one is",
-    "loosened": "NoParity frees the parity of the restore point as well",
     "strict": "a restart wants parity from every survivor, also from one that replaced a lost node",
 }
 """Rules left out or made worse. The check must find a counterexample to each."""
@@ -82,9 +81,9 @@ MUTATIONS = {
 class Model:
     """`groups` groups of k + m nodes, with so many slots and sets of parity each, and the rules that can be varied.
 
-    `gives_up`: nodes may post NoParity. `supersede`: a newer sealed snapshot frees one whose parity was given up.
-    `resume`: what is restored but was not protected yet is protected in the new epoch. `lazy`: nothing is freed at
-    once; at most `most_columns` snapshots are then in memory together.
+    `hasty`: parity is given up of whatever is sealed. `supersede`: a newer sealed snapshot frees one whose parity was
+    given up. `resume`: what is restored but was not protected yet is protected in the new epoch. `lazy`: nothing is
+    freed at once; at most `most_columns` snapshots are then in memory together.
     """
 
     data: int
@@ -92,7 +91,7 @@ class Model:
     groups: int = 1
     slots: int = 2
     parity_sets: int = 2
-    gives_up: bool = True
+    hasty: bool = False
     supersede: bool = True
     resume: bool = True
     lazy: bool = False
@@ -161,7 +160,7 @@ class Model:
             yield from self._wrong_frees(state, group, cells)
 
     def _parity_steps(self, state: State, group: Group, cells: Cells, column: int) -> Iterator[tuple[str, Cells]]:
-        if self.gives_up:
+        if column < newest_sealed(state) or self.hasty or self.mutation == "abort":
             yield f"gives up parity of {column}", put(cells, column, HELD | NEVER)
         if any(cell_of(other, column) & DATA != HELD for other in group.nodes):
             return
@@ -174,24 +173,17 @@ class Model:
     def _free_steps(self, state: State, cells: Cells) -> Iterator[tuple[str, Cells]]:
         """What a node may free, in a step of its own."""
         for column, cell in enumerate(cells):
-            if cell & DATA == HELD and self._data_free(state, column):
+            if cell & DATA == HELD and self._is_free(state, column):
                 yield f"frees data of {column}", put(cells, column, FREED | cell & PARITY)
-            if cell & PARITY == KEPT and self._parity_free(state, column):
+            if cell & PARITY == KEPT and self._is_free(state, column):
                 yield f"frees parity of {column}", put(cells, column, cell & DATA | DROPPED)
 
-    def _data_free(self, state: State, column: int) -> bool:
-        """True if nobody needs the data of a snapshot any more."""
+    def _is_free(self, state: State, column: int) -> bool:
+        """True if nobody needs a snapshot any more."""
         if column == state.protected:
             return False
         superseded = self.supersede and column in given_up(state) and column < newest_sealed(state)
         return column < state.protected or column in missed(state) or superseded
-
-    def _parity_free(self, state: State, column: int) -> bool:
-        """True if nobody needs the parity of a snapshot any more. Replaced nodes may still need a restore point's."""
-        if self._data_free(state, column):
-            return True
-        pinned = column == state.restored and self.mutation != "loosened"
-        return column > state.protected and column in given_up(state) and not pinned
 
     def _wrong_frees(self, state: State, group: Group, cells: Cells) -> Iterator[tuple[str, Cells]]:
         sealed = newest_sealed(state)
@@ -222,7 +214,7 @@ class Model:
         for column in range(columns_of(state) - 1, -1, -1):
             if not self.lazy:
                 state = self._freed(state, column)
-            elif self._data_free(state, column) and self._forgotten(state, column):
+            elif self._is_free(state, column) and self._forgotten(state, column):
                 state = without(state, column)
         rebuilt = 0 <= state.restored == state.protected and not _lacks_data(state, state.restored)
         if rebuilt or state.restored == GONE:
@@ -230,18 +222,17 @@ class Model:
         return label, canonical(state)
 
     def _freed(self, state: State, column: int) -> State:
-        """The state with all of a snapshot freed by all that may be."""
-        if self._data_free(state, column):
+        """The state with a snapshot freed by all, if it may be; else, if its parity is given up, with that known."""
+        if self._is_free(state, column):
             return without(state, column)
         if column <= state.protected or column not in given_up(state):
             return state
-        free = self._parity_free(state, column)
         groups = []
         for group in state.groups:
             nodes = []
             for cells in group.nodes:
                 cell = cell_of(cells, column)
-                kept = cell == NONE or (cell & PARITY == KEPT and not free)
+                kept = cell == NONE or cell & PARITY == KEPT
                 nodes.append(cells if kept else put(cells, column, cell & DATA | NEVER))
             groups.append(group._replace(nodes=tuple(nodes)))
         return state._replace(groups=tuple(groups))

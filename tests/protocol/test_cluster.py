@@ -178,8 +178,10 @@ def test_traffic_of_a_member_does_not_grow_with_the_job() -> None:
     assert most[1] <= 1.5 * most[0]
 
 
-def test_parity_is_not_given_up_where_nothing_could_follow() -> None:
-    job = Job(2, 2, 1, slots=2)
+@pytest.mark.parametrize("slots", [2, 3])
+def test_parity_is_not_given_up_before_anything_follows(slots: int) -> None:
+    """With two slots nothing could follow any more; three do not need it, since what follows has a slot."""
+    job = Job(2, 2, 1, slots=slots)
     machine = job.machines[0]
     for step in range(4):
         job.steps(step)

@@ -184,14 +184,16 @@ def test_a_dead_branch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     breaks("of a dead branch", first=46)
 
 
-def test_freeing_the_restore_points_parity_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NoParity of one, and the lost nodes of another can no longer be rebuilt."""
+def test_giving_up_parity_before_anything_follows_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two slots hold the protected snapshot and one that can neither be protected nor aborted."""
 
-    def loosened(self: MemberMachine, holding: Holding, verdict: Entry | None, protected: SnapshotId | None) -> bool:
-        return verdict is not None and verdict.parity is False and holding.area is not None
+    def hasty(self: MemberMachine, snapshot: SnapshotId) -> None:
+        holding = self.state.find(snapshot)
+        if holding is not None and not self.state.frozen and self.state.is_current(snapshot) and not holding.parity:
+            holding.parity = False
 
-    monkeypatch.setattr(MemberMachine, "_has_needless_parity", loosened)
-    breaks("its parity is freed", "was protected", first=40)
+    monkeypatch.setattr(MemberMachine, "give_up_parity", hasty)
+    breaks("nothing is protected any more")
 
 
 def test_different_steps_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,9 +22,6 @@ from ckptd.protocol.cluster.root import DEAD, Root
 from ckptd.protocol.cluster.state import ClusterState, Holding
 from ckptd.protocol.messages import Policy
 
-THREE_SLOTS = 3
-"""With as many parity may be given up before anything newer is sealed."""
-
 
 class MemberMachine:
     """See the module docstring. The daemon calls one handler per event, then `take()`s the actions."""
@@ -118,13 +115,12 @@ class MemberMachine:
             holding.sealed = False
 
     def give_up_parity(self, snapshot: SnapshotId) -> None:
-        """Encoding, or rebuilding before it, takes too long. Goes on where no slot is left for another."""
+        """Encoding, or rebuilding before it, takes too long: goes on until something newer is sealed, or protected."""
         state, holding = self.state, self.state.find(snapshot)
         if holding is None or state.frozen or state.membership is None or not state.is_current(snapshot):
             return
         follows = any(verdict.sealed and s > snapshot for s, verdict in self.verdicts.items())
-        leaves_room = state.membership.slots >= THREE_SLOTS or snapshot == state.protected or follows
-        if leaves_room and holding.parity is None and holding.shape.parity:
+        if (follows or snapshot == state.protected) and holding.parity is None and holding.shape.parity:
             holding.parity = False
 
     def encoded(self, snapshot: SnapshotId) -> None:
@@ -403,13 +399,6 @@ class MemberMachine:
             elif self._is_superseded(snapshot, protected):
                 self._drop(holding)
                 holding.freed = True
-            elif self._has_needless_parity(holding, verdict, protected):
-                self._drop_parity(holding)
-
-    def _has_needless_parity(self, holding: Holding, verdict: Entry | None, protected: SnapshotId | None) -> bool:
-        """Given up. Replaced nodes may still need that of the restore point."""
-        given_up = verdict is not None and verdict.parity is False
-        return given_up and holding.area is not None and holding.snapshot not in (self.state.point, protected)
 
     def _is_superseded(self, snapshot: SnapshotId, protected: SnapshotId | None) -> bool:
         """Its parity was given up, and a newer one is sealed by all."""
@@ -420,17 +409,12 @@ class MemberMachine:
 
     def _drop(self, holding: Holding) -> None:
         if holding.area is not None:
-            self._drop_parity(holding)
+            self._out.append(m.Free(holding.snapshot, "parity"))
         if not holding.freed:
             self._out.append(m.Free(holding.snapshot, "data"))
         self._work.forget(holding.snapshot)
-        holding.data = False
+        holding.area, holding.encoded, holding.data = None, False, False
         holding.records.clear()
-
-    def _drop_parity(self, holding: Holding) -> None:
-        self._out.append(m.Free(holding.snapshot, "parity"))
-        self._work.stop_encoding(holding.snapshot)
-        holding.area, holding.encoded = None, False
 
     # --- telling
 

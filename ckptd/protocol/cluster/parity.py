@@ -34,17 +34,11 @@ class Work:
 
     def forget(self, snapshot: SnapshotId) -> None:
         """It is freed: whatever worked on it has been stopped."""
-        self.stop_encoding(snapshot)
+        if self.encoding == snapshot:
+            self.encoding = None
         if self.rebuilding == snapshot:
             self.rebuilding = None
         if self.verifying is not None and self.verifying[0] == snapshot:
-            self.verifying = None
-
-    def stop_encoding(self, snapshot: SnapshotId) -> None:
-        """Its parity is freed."""
-        if self.encoding == snapshot:
-            self.encoding = None
-        if self.verifying == (snapshot, "parity"):
             self.verifying = None
 
     def encoding_failed(self, snapshot: SnapshotId) -> None:
