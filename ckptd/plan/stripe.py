@@ -7,6 +7,7 @@ Invariants:
 - A node has at most one position in a stripe, so a lost node costs each stripe of its group at most one position.
 - Each member of a group gives k segments, holds m parities and encodes one stripe, none of it of its own.
 - Padding is never a source: what lies beyond a string's end is zero and has no place.
+- Pieces lie on one grid from the beginning of every string and of every parity, whatever the sizes of the others.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
-
-import numpy as np
-import numpy.typing as npt
 
 from ckptd.core.errors import ConfigError, UnrecoverableError
 
 PIECE_BYTES = 4 * 2**20
+"""What has a checksum of its own."""
+
+ROW_PIECES = 4
+"""What is encoded, decoded and asked for at once: fewer cost calls, more cost memory and gain nothing."""
+
 MOST_POSITIONS = 256
 """Elements of the field, hence the most data segments and parities a stripe can have."""
 
@@ -152,7 +155,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """`size` bytes at `offset` of a node's string: position `position` of a stripe, from bytes at the sources.
+    """`size` bytes at `offset` of a node's string, in one row: position `position` of a stripe, from the sources.
 
     One source of that same position is the bytes themselves; else there are k sources to decode from.
     """
@@ -172,17 +175,19 @@ class Striping:
     group: Group
     sizes: tuple[int, ...]
     piece_bytes: int = PIECE_BYTES
+    row_pieces: int = ROW_PIECES
 
     def __post_init__(self) -> None:
-        if len(self.sizes) != len(self.group.nodes) or min(self.sizes, default=0) < 0 or self.piece_bytes < 1:
+        if len(self.sizes) != len(self.group.nodes) or min(self.sizes, default=0) < 0 or self.row_bytes < 1:
             raise ValueError(f"sizes {self.sizes} for nodes {self.group.nodes}: expected as many, none negative")
         if self.group.parity_count < 0 or self.group.data_count < 1:
             raise ValueError(f"{self.group.parity_count} parities in a group of {len(self.group.nodes)} nodes")
 
     @cached_property
     def segment_bytes(self) -> int:
-        """L: bytes of a segment, padding included."""
-        return -(-max(self.sizes) // self.group.data_count)
+        """L: bytes of a segment, padding included: whole pieces, so that the pieces of all strings are on one grid."""
+        pieces = -(-max(self.sizes) // self.piece_bytes)
+        return -(-pieces // self.group.data_count) * self.piece_bytes
 
     @property
     def parity_bytes(self) -> int:
@@ -190,9 +195,9 @@ class Striping:
         return self.group.parity_count * self.segment_bytes
 
     @property
-    def row_memory_bytes(self) -> int:
-        """Bytes that an encoder or reader stages for one row."""
-        return len(self.group.nodes) * self.piece_bytes
+    def row_bytes(self) -> int:
+        """The most that one row has of a position of its stripe."""
+        return self.row_pieces * self.piece_bytes
 
     def stripe_of(self, node: int, segment: int) -> int:
         """The stripe that a node's segment belongs to; its position there has the segment's number."""
@@ -227,8 +232,16 @@ class Striping:
         """Where the parity of a row that a node holds goes in its parity area."""
         return next(parity for parity in row.parities if parity.node == node)
 
-    def read(self, node: int, offset: int, size: int, lost: Collection[int] = ()) -> list[Read]:
-        """How to get [offset, offset + size) of a node's string while nodes are lost, row by row in order.
+    def read(
+        self,
+        node: int,
+        offset: int,
+        size: int,
+        lost: Collection[int] = (),
+        lost_parities: Collection[int] | None = None,
+    ) -> list[Read]:
+        """How to get [offset, offset + size) of a node's string, row by row in order, while the strings of the nodes
+        `lost` and the parities of `lost_parities` (None: of the same nodes) are lost.
 
         UnrecoverableError where a stripe has fewer than k positions left. ValueError for a range outside the string.
         """
@@ -236,37 +249,18 @@ class Striping:
         if offset < 0 or size < 0 or offset + size > whole:
             raise ValueError(f"[{offset}, {offset + size}) of node {node}: expected a range of its {whole} bytes")
         taken: Counter[int] = Counter()
+        gone = lost, lost if lost_parities is None else lost_parities
         reads = []
         for segment, start, stop in self._parts(offset, offset + size):
             stripe = self.stripe_of(node, segment)
-            sources = self._sources(stripe, segment, start, stop, lost, taken)
+            sources = self._sources(stripe, segment, start, stop, gone, taken)
             taken.update({source.node: source.size for source in sources})
             reads.append(Read(node, segment * self.segment_bytes + start, stop - start, stripe, segment, sources))
         return reads
 
-    def rebuild(self, node: int, lost: Collection[int]) -> list[Read]:
+    def rebuild(self, node: int, lost: Collection[int], lost_parities: Collection[int] | None = None) -> list[Read]:
         """How to get all of a lost node's string."""
-        return self.read(node, 0, self.sizes[self._member(node)], lost)
-
-    def piece_offsets(self, node: int) -> npt.NDArray[np.int64]:
-        """Where the pieces of a node's string begin, and at last its end. Counted anew in each segment."""
-        size, segment = self.sizes[self._member(node)], self.segment_bytes
-        starts = [
-            np.arange(first, min(first + segment, size), self.piece_bytes, dtype=np.int64)
-            for first in range(0, size, segment or 1)
-        ]
-        return np.concatenate([*starts, np.array([size], np.int64)])
-
-    def fragment_offsets(self, node: int, boundaries: Iterable[int]) -> npt.NDArray[np.int64]:
-        """Where the fragments of a node's string begin, and its end: boundaries of pieces and the given ones of chunks.
-
-        Both a piece and a range between two given boundaries are then a run of whole fragments.
-        """
-        given = np.fromiter(boundaries, np.int64)
-        pieces = self.piece_offsets(node)
-        if len(given) and (given.min() < 0 or given.max() > pieces[-1]):
-            raise ValueError(f"boundaries of chunks outside the {pieces[-1]} bytes of node {node}")
-        return np.unique(np.concatenate([pieces, given]))
+        return self.read(node, 0, self.sizes[self._member(node)], lost, lost_parities)
 
     def _member(self, node: int) -> int:
         return self.group.nodes.index(node)
@@ -292,30 +286,38 @@ class Striping:
 
     def _rows(self, stripe: int) -> Iterator[Row]:
         k, n, length = self.group.data_count, len(self.group.nodes), self.length(stripe)
-        for start in range(0, length, self.piece_bytes):
-            stop = min(start + self.piece_bytes, length)
+        for start in range(0, length, self.row_bytes):
+            stop = min(start + self.row_bytes, length)
             places = tuple(self._source(stripe, position, start, stop) for position in range(n))
             yield Row(stripe, start, stop - start, self.node_at(stripe, k), places[:k], places[k:])
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(segment, start and stop inside it) of a range of a string, cut at the boundaries of pieces."""
+        """(segment, start and stop inside it) of a range of a string, cut at the boundaries of rows."""
         while start < stop:
             segment, inside = divmod(start, self.segment_bytes)
-            end = min((inside // self.piece_bytes + 1) * self.piece_bytes, self.segment_bytes, inside + stop - start)
+            end = min((inside // self.row_bytes + 1) * self.row_bytes, self.segment_bytes, inside + stop - start)
             yield segment, inside, end
             start += end - inside
 
     def _sources(
-        self, stripe: int, wanted: int, start: int, stop: int, lost: Collection[int], taken: Counter[int]
+        self,
+        stripe: int,
+        wanted: int,
+        start: int,
+        stop: int,
+        gone: tuple[Collection[int], Collection[int]],
+        taken: Counter[int],
     ) -> tuple[Source, ...]:
-        """The k sources for [start, stop) of a position, by the rule of docs/erasure.md, section 6."""
-        if self.node_at(stripe, wanted) not in lost:
-            return (self._source(stripe, wanted, start, stop),)
+        """The k sources for [start, stop) of a position, by the rule of docs/erasure.md, section 6. `gone`: nodes that
+        lost their strings, and their parities."""
         k = self.group.data_count
         places = [self._source(stripe, position, start, stop) for position in range(len(self.group.nodes))]
-        usable = [place for place in places if place.size == 0 or place.node not in lost]
+        left = [place.node not in gone[place.position >= k] for place in places]
+        if left[wanted]:
+            return (places[wanted],)
+        usable = [place for place in places if place.size == 0 or left[place.position]]
         if len(usable) < k:
-            missing = [node for node in self.group.nodes if node in lost]
+            missing = sorted(place.node for place in places if place.size and not left[place.position])
             raise UnrecoverableError(
                 f"stripe {stripe} of nodes {', '.join(map(str, self.group.nodes))}: nodes "
                 f"{', '.join(map(str, missing))} are lost, {len(usable)} of its positions are left, expected at "

@@ -18,7 +18,6 @@ The ledger is one more memfd, written by the daemon alone: its NodeState, twice,
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import mmap
 import os
@@ -37,7 +36,7 @@ from ckptd.core.types import SnapshotId
 from ckptd.format.objects import unpack_table
 from ckptd.format.table import decode_table, encode_table
 from ckptd.plan.share import OBJECTS_FILE, object_rows, share_objects, share_rows
-from ckptd.tiers.memory import allocate
+from ckptd.tiers.memory import is_sealed, sealed_memory
 
 PAGE = 4096
 READ_BYTES = 256 * 1024
@@ -49,7 +48,6 @@ FROZEN_FILE = 2
 MAX_SLOT_BYTES = 2**45
 _RECORD = struct.Struct("<8sQII")  # magic, sequence, payload bytes, CRC32C of magic..bytes and payload
 _GEOMETRY, _STATE, _LEDGER = b"CKPTGEO1", b"CKPTSTA1", b"CKPTLED1"
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Geometry(msgspec.Struct, frozen=True):
@@ -70,7 +68,7 @@ class Geometry(msgspec.Struct, frozen=True):
     @property
     def size(self) -> int:
         """Bytes of the whole slot."""
-        return _aligned(self.data_offset + max(self.data_bytes, 1))
+        return aligned(self.data_offset + max(self.data_bytes, 1))
 
     def check(self) -> Geometry:
         """Itself, if the parts follow each other; raises FormatError."""
@@ -106,9 +104,9 @@ def layout(rank: int, catalog: Catalog, objects_bytes: int, frozen: str = "") ->
     region of that identity."""
     table = encode_table(catalog)
     data_bytes = int((catalog.file_offset + catalog.raw).max(initial=0))
-    crc_offset = 3 * PAGE + _aligned(len(table))
-    objects_offset = crc_offset + _aligned(4 * len(catalog))
-    data_offset = objects_offset + _aligned(objects_bytes)
+    crc_offset = 3 * PAGE + aligned(len(table))
+    objects_offset = crc_offset + aligned(4 * len(catalog))
+    data_offset = objects_offset + aligned(objects_bytes)
     return Geometry(
         rank,
         _digest(rank, objects_bytes, table, frozen),
@@ -143,13 +141,9 @@ class Slot:
     @classmethod
     def create(cls, geometry: Geometry, table: bytes, region: Slot | None = None) -> Slot:
         """A new slot, all its memory allocated, beside `region`. Raises ConfigError where memory is short."""
-        descriptor = os.memfd_create(f"ckptd-slot-{geometry.rank}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = sealed_memory(f"ckptd-slot-{geometry.rank}", geometry.size)
         try:
-            os.fchmod(descriptor, 0o600)
-            os.ftruncate(descriptor, geometry.size)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            allocate(descriptor, geometry.size)
-            _write_record(descriptor, 0, _GEOMETRY, 1, msgspec.msgpack.encode(geometry))
+            write_record(descriptor, 0, _GEOMETRY, 1, msgspec.msgpack.encode(geometry))
             os.pwrite(descriptor, table, geometry.table_offset)
         except BaseException:
             os.close(descriptor)
@@ -171,12 +165,12 @@ class Slot:
     def _described(descriptor: int) -> Geometry:
         """The geometry that a slot has of itself."""
         try:
-            seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+            sealed = is_sealed(descriptor)
         except OSError as error:
             raise FormatError(f"slot: the descriptor is not a memfd ({error.strerror})") from None
-        if seals & _SEALS != _SEALS:
+        if not sealed:
             raise FormatError("slot: not sealed against shrinking and growing")
-        found = _read_record(descriptor, 0, _GEOMETRY, PAGE)
+        found = read_record(descriptor, 0, _GEOMETRY, PAGE)
         if found is None:
             raise FormatError("slot: no valid geometry")
         try:
@@ -205,9 +199,9 @@ class Slot:
     def mend(self, table: bytes | None = None) -> bool:
         """Writes the geometry, and the table where it is known, anew if they are damaged; whether they were."""
         known = msgspec.msgpack.encode(self.geometry)
-        damaged = _read_record(self.descriptor, 0, _GEOMETRY, PAGE) != (1, known)
+        damaged = read_record(self.descriptor, 0, _GEOMETRY, PAGE) != (1, known)
         if damaged:
-            _write_record(self.descriptor, 0, _GEOMETRY, 1, known)
+            write_record(self.descriptor, 0, _GEOMETRY, 1, known)
         if self.region is not None and self.region.mend():
             damaged = True
         if table is not None and os.pread(self.descriptor, len(table), self.geometry.table_offset) != table:
@@ -318,13 +312,13 @@ class Slot:
             self.region.close()
 
     def _newest_state(self) -> tuple[int, bytes] | None:
-        records = [_read_record(self.descriptor, page * PAGE, _STATE, PAGE) for page in (1, 2)]
+        records = [read_record(self.descriptor, page * PAGE, _STATE, PAGE) for page in (1, 2)]
         return max((r for r in records if r is not None), default=None)
 
     def _write_state(self, state: State) -> None:
         newest = self._newest_state()
         sequence = 1 if newest is None else newest[0] + 1
-        _write_record(self.descriptor, PAGE * (1 + sequence % 2), _STATE, sequence, msgspec.msgpack.encode(state))
+        write_record(self.descriptor, PAGE * (1 + sequence % 2), _STATE, sequence, msgspec.msgpack.encode(state))
 
 
 class SnapshotReader:
@@ -407,12 +401,12 @@ class Ledger:
         """Replaces the state; does nothing if it has not changed."""
         if payload != self._last:
             self._sequence += 1
-            _write_record(self.descriptor, self.HALF * (self._sequence % 2), _LEDGER, self._sequence, payload)
+            write_record(self.descriptor, self.HALF * (self._sequence % 2), _LEDGER, self._sequence, payload)
             self._last = payload
 
     def read(self) -> bytes | None:
         """The newest whole state."""
-        halves = [_read_record(self.descriptor, half * self.HALF, _LEDGER, self.HALF) for half in (0, 1)]
+        halves = [read_record(self.descriptor, half * self.HALF, _LEDGER, self.HALF) for half in (0, 1)]
         newest = max((half for half in halves if half is not None), default=None)
         if newest is None:
             return None
@@ -425,17 +419,20 @@ def _digest(rank: int, objects_bytes: int, table: bytes, frozen: str) -> str:
     return hashlib.sha256(b"%d/%d/%s/" % (rank, objects_bytes, frozen.encode()) + table).hexdigest()[:32]
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Whole pages."""
     return -(-size // PAGE) * PAGE
 
 
-def _write_record(descriptor: int, offset: int, magic: bytes, sequence: int, payload: bytes) -> None:
+def write_record(descriptor: int, offset: int, magic: bytes, sequence: int, payload: bytes) -> None:
+    """Writes a record that a reader recognises only if it is whole; of two in turn, one always is."""
     head = struct.pack("<8sQI", magic, sequence, len(payload))
     checksum = crc32c(payload, crc32c(head))
     os.pwrite(descriptor, head + struct.pack("<I", checksum) + payload, offset)
 
 
-def _read_record(descriptor: int, offset: int, magic: bytes, room: int) -> tuple[int, bytes] | None:
+def read_record(descriptor: int, offset: int, magic: bytes, room: int) -> tuple[int, bytes] | None:
+    """Sequence number and payload of a whole record; None for anything else."""
     head = os.pread(descriptor, _RECORD.size, offset)
     if len(head) < _RECORD.size:
         return None

@@ -7,6 +7,7 @@ before each.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,9 @@ from ckptd.core.errors import ConfigError
 STEP_BYTES = 256 * 1024 * 1024
 RESERVE_BYTES = 64 * 1024 * 1024
 """Left free under every limit: the processes themselves need some."""
+
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""Of memory that others read: who reads what cannot shrink never meets SIGBUS."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -89,3 +93,22 @@ def allocate(descriptor: int, size: int) -> None:
             raise ConfigError(
                 f"snapshot memory: allocating {step} bytes failed ({error.strerror}); {room.available} were available"
             ) from None
+
+
+def sealed_memory(name: str, size: int) -> int:
+    """The descriptor of a new memfd of that size, allocated and sealed. Raises ConfigError where memory is short."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.fchmod(descriptor, 0o600)
+        os.ftruncate(descriptor, size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+        allocate(descriptor, size)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def is_sealed(descriptor: int) -> bool:
+    """True if the descriptor is a memfd that can neither shrink nor grow. Raises OSError where it is none."""
+    return fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS == SEALS

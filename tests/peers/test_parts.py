@@ -15,6 +15,7 @@ from ckptd.tiers.arena import Geometry, Slot
 from ckptd.tiers.peers import (
     DescriptorSource,
     Extent,
+    Extents,
     Fragments,
     MemorySource,
     Throttle,
@@ -164,22 +165,41 @@ def _slot(rank: int, data: np.ndarray, frozen: np.ndarray | None = None) -> Slot
 
 
 def test_slots_are_one_string() -> None:
-    """Rank by rank, each one's own bytes and then its frozen ones; an empty slot adds nothing."""
-    parts = [random_bytes(size, size) for size in (5000, 300, 0, 9000)]
-    slots = [_slot(0, parts[0], parts[1]), _slot(1, parts[2]), _slot(2, parts[3])]
+    """Whole images, rank by rank whatever their order, then each frozen region once though two slots share it."""
+    slots = [_slot(3, random_bytes(9000)), _slot(0, random_bytes(5000), random_bytes(300)), _slot(2, random_bytes(0))]
+    slots.append(Slot(os.dup(slots[0].descriptor), slots[0].geometry, slots[1].region))
+    images = [os.pread(slot.descriptor, 10**6, 0) for slot in (slots[1], slots[2], slots[0], slots[3])]
+    assert slots[1].region is not None
+    whole = np.frombuffer(b"".join([*images, os.pread(slots[1].region.descriptor, 10**6, 0)]), np.uint8)
+    before = len(os.listdir("/proc/self/fd"))
     source = DescriptorSource(string_of(slots))
-    for slot in slots:
-        slot.close()  # the source has descriptors of its own
-    whole = np.concatenate(parts)
     assert source.size == len(whole)
-    for start, stop in [(0, len(whole)), (4999, 5001), (5000, 5300), (5299, 5301), (14299, 14300)]:
+    edges = np.cumsum([len(image) for image in images]).tolist()
+    ranges = [(0, len(whole)), *((edge - 1, edge + 1) for edge in edges), (len(whole) - 1, len(whole))]
+    for start, stop in ranges:
         target = np.zeros(stop - start, np.uint8)
         assert source.read(start, target.data) == crc32c(whole[start:stop])
         assert np.array_equal(target, whole[start:stop])
-    before = len(os.listdir("/proc/self/fd"))
     source.close()
     source.close()
-    assert len(os.listdir("/proc/self/fd")) == before - 3
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_extents_take_what_is_written_over_their_edges() -> None:
+    descriptors = [os.memfd_create("extent") for _ in range(2)]
+    for descriptor in descriptors:
+        os.ftruncate(descriptor, 100)
+    extents = Extents([Extent(descriptors[0], 10, 50), Extent(descriptors[1], 0, 0), Extent(descriptors[1], 20, 80)])
+    content, found = random_bytes(extents.size), np.zeros(extents.size, np.uint8)
+    for start, stop in [(0, 1), (1, 49), (49, 90), (90, 130)]:
+        extents.write(start, content.data[start:stop])
+    extents.copy(0, found.data)
+    extents.close()
+    assert np.array_equal(found, content)
+    assert os.pread(descriptors[0], 50, 10) == content[:50].tobytes()
+    assert os.pread(descriptors[0], 40, 60) == bytes(40)
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def test_memory_that_ends_early_is_corrupt() -> None:

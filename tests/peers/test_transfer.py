@@ -43,6 +43,19 @@ def test_any_range_arrives_as_it_is(tls: bool) -> None:
             assert target[0] == target[-1] == 7
 
 
+def test_checksums_come_with_the_bytes() -> None:
+    """One for each batch, counted from the beginning of the pull, over more than one call; also where a batch was wrong
+    at first."""
+    data = random_bytes(CALL_BYTES + SIZE)
+    with pair() as (node, peer):
+        node.sources.register(SNAPSHOT, "string", Scripted(data, wrong=1))
+        target, crc = np.zeros(len(data) - 5, np.uint8), np.zeros(-(-(len(data) - 5) // BATCH_BYTES), np.uint32)
+        peers = Peers({"there": peer})
+        peers.pull([Pull("there", SNAPSHOT, "string", 5, target.data, crc)])
+        assert crc.tolist() == [crc32c(data[at : at + BATCH_BYTES]) for at in range(5, len(data), BATCH_BYTES)]
+        peers.close()
+
+
 def test_what_is_not_there_is_refused_by_name() -> None:
     target = np.zeros(100, np.uint8)
     with pair() as (node, peer):

@@ -10,7 +10,17 @@ from ckptd.tiers.peers.client import Peer
 from ckptd.tiers.peers.identity import Announcement, Credentials, Identity, new_token
 from ckptd.tiers.peers.pulling import Cancellation, Peers, Pull
 from ckptd.tiers.peers.server import PeerServer
-from ckptd.tiers.peers.sources import DescriptorSource, Extent, Fragments, MemorySource, Source, Sources, string_of
+from ckptd.tiers.peers.sources import (
+    DescriptorSource,
+    Extent,
+    Extents,
+    Fragments,
+    MemorySource,
+    Source,
+    Sources,
+    memories_of,
+    string_of,
+)
 from ckptd.tiers.peers.throttle import Throttle
 
 __all__ = [
@@ -19,6 +29,7 @@ __all__ = [
     "Credentials",
     "DescriptorSource",
     "Extent",
+    "Extents",
     "Fragments",
     "Identity",
     "Listener",
@@ -32,6 +43,7 @@ __all__ = [
     "Throttle",
     "check_reachable",
     "listening_address",
+    "memories_of",
     "new_token",
     "string_of",
 ]

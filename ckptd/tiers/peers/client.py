@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.flight as flight
 
@@ -40,6 +42,8 @@ from ckptd.tiers.peers.wire import (
 
 DEADLINE_S = 30.0
 STREAMS = 2
+Checksums = npt.NDArray[np.uint32]
+
 _ROOM_BYTES = 64 * 1024
 """For what Flight puts around a batch."""
 
@@ -141,10 +145,12 @@ class Peer:
         offset: int,
         into: memoryview,
         *,
+        crc: Checksums | None = None,
         deadline_s: float | None = None,
         cancellation: Cancellation | None = None,
     ) -> None:
-        """Fills `into` with bytes [offset, offset + len(into)) of what the peer holds.
+        """Fills `into` with bytes [offset, offset + len(into)) of what the peer holds, and `crc` with the CRC-32C of
+        each BATCH_BYTES of them.
 
         `deadline_s` is for each call, of at most CALL_BYTES. Raises DeadlineError, CorruptionError, what the peer
         raised (NotFoundError, FormatError ...), and DaemonError where it is gone or the pull is cancelled.
@@ -154,10 +160,11 @@ class Peer:
         target = into.cast("B")
         for start in range(0, len(target), CALL_BYTES):
             part = target[start : start + CALL_BYTES]
-            for at in self._call(Ticket(snapshot, what, offset + start, len(part)), part, limit, stop):
+            sums = np.zeros(-(-len(part) // BATCH_BYTES), np.uint32) if crc is None else crc[start // BATCH_BYTES :]
+            for at in self._call(Ticket(snapshot, what, offset + start, len(part)), part, sums, limit, stop):
                 size = min(BATCH_BYTES, len(part) - at)
                 again = Ticket(snapshot, what, offset + start + at, size)
-                if self._call(again, part[at : at + size], limit, stop):
+                if self._call(again, part[at : at + size], sums[at // BATCH_BYTES :], limit, stop):
                     raise CorruptionError(
                         f"{self._label}: {what} of {snapshot}, {size} bytes at {offset + start + at}: the checksum was "
                         "wrong twice on arrival; memory or network of one of the two nodes is damaged"
@@ -175,7 +182,7 @@ class Peer:
             if client is not None:
                 client.close()
 
-    def _call(self, ticket: Ticket, into: memoryview, limit: float, stop: Cancellation) -> list[int]:
+    def _call(self, ticket: Ticket, into: memoryview, crc: Checksums, limit: float, stop: Cancellation) -> list[int]:
         """One do_get; the places in `into` of batches whose checksum was wrong."""
         with stop.stopping(self._throttle.wake):
             if not self._throttle.admit(ticket.length, lambda: stop.cancelled):
@@ -186,7 +193,7 @@ class Peer:
                 with self._errors(limit):
                     reader = client.do_get(flight.Ticket(ticket.encode()), self._call_options(limit))
                     with stop.stopping(reader.cancel):
-                        return self._receive(reader, into)
+                        return self._receive(reader, into, crc)
             except CkptdError:
                 if stop.cancelled:
                     raise self._cancelled(ticket) from None
@@ -194,8 +201,8 @@ class Peer:
             finally:
                 self._throttle.spent(time.thread_time() - before)
 
-    def _receive(self, reader: Any, into: memoryview) -> list[int]:
-        """All batches of a stream into their places. Raises FormatError for other than was asked for."""
+    def _receive(self, reader: Any, into: memoryview, crc: Checksums) -> list[int]:
+        """All batches of a stream, and their checksums, into their places. Raises FormatError for anything else."""
         if reader.schema != SCHEMA:
             raise FormatError(f"{self._label}: expected one column of bytes, found {str(reader.schema)[:200]!r}")
         wrong, at = [], 0
@@ -204,15 +211,16 @@ class Peer:
                 chunk = reader.read_chunk()
             except StopIteration:
                 break
-            size, crc = min(BATCH_BYTES, len(into) - at), chunk.app_metadata
-            if chunk.data is None or chunk.data.num_rows != size or size == 0 or crc is None or crc.size != CRC_BYTES:
+            size, sent = min(BATCH_BYTES, len(into) - at), chunk.app_metadata
+            if chunk.data is None or chunk.data.num_rows != size or size == 0 or sent is None or sent.size != CRC_BYTES:
                 raise FormatError(f"{self._label}: expected {size} bytes with their checksum, found another")
             chunk.data.validate()
             column = chunk.data.column(0)
             if column.null_count or column.buffers()[1] is None:
                 raise FormatError(f"{self._label}: expected {size} bytes, found missing ones")
             address = column.buffers()[1].address + column.offset
-            if copy_bytes(address, into[at : at + size]) != int.from_bytes(crc.to_pybytes(), "little"):
+            found = crc[at // BATCH_BYTES] = copy_bytes(address, into[at : at + size])
+            if found != int.from_bytes(sent.to_pybytes(), "little"):
                 wrong.append(at)
             at += size
         if at != len(into):

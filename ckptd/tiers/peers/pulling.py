@@ -13,34 +13,44 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from ckptd.core.errors import NotFoundError
 from ckptd.core.types import SnapshotId
 from ckptd.tiers.peers.client import Cancellation, Peer
-from ckptd.tiers.peers.wire import CALL_BYTES
+from ckptd.tiers.peers.wire import BATCH_BYTES, CALL_BYTES
 
 __all__ = ["Cancellation", "Peers", "Pull", "interleave"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pull:
-    """Bytes of what a node holds of a snapshot, and where they go; `into` is contiguous and writable."""
+    """Bytes of what a node holds of a snapshot, and where they go; `into` is contiguous and writable. `crc`, if given,
+    receives the CRC-32C of each BATCH_BYTES that arrived, counted from `offset`."""
 
     node: str
     snapshot: SnapshotId
     what: str
     offset: int
     into: memoryview = dataclasses.field(repr=False)
+    crc: npt.NDArray[np.uint32] | None = dataclasses.field(default=None, repr=False)
+
+    def parts(self) -> Iterator[Pull]:
+        """The same in pulls of at most CALL_BYTES."""
+        target = self.into.cast("B")
+        for start in range(0, len(target), CALL_BYTES):
+            first, last = start // BATCH_BYTES, (start + CALL_BYTES) // BATCH_BYTES
+            crc = None if self.crc is None else self.crc[first:last]
+            part = target[start : start + CALL_BYTES]
+            yield dataclasses.replace(self, offset=self.offset + start, into=part, crc=crc)
 
 
 def interleave(pulls: Sequence[Pull]) -> Iterator[Pull]:
     """The same bytes in pulls of at most CALL_BYTES, in turns over the nodes, in order for each node."""
     by_node: dict[str, list[Pull]] = {}
     for pull in pulls:
-        target = pull.into.cast("B")
-        by_node.setdefault(pull.node, []).extend(
-            dataclasses.replace(pull, offset=pull.offset + start, into=target[start : start + CALL_BYTES])
-            for start in range(0, len(target), CALL_BYTES)
-        )
+        by_node.setdefault(pull.node, []).extend(pull.parts())
     for turn in itertools.zip_longest(*by_node.values()):
         yield from (pull for pull in turn if pull is not None)
 
@@ -75,7 +85,15 @@ class Peers:
             if failures:
                 return
             try:
-                peer.pull(pull.snapshot, pull.what, pull.offset, pull.into, deadline_s=deadline_s, cancellation=stop)
+                peer.pull(
+                    pull.snapshot,
+                    pull.what,
+                    pull.offset,
+                    pull.into,
+                    crc=pull.crc,
+                    deadline_s=deadline_s,
+                    cancellation=stop,
+                )
             except Exception as error:
                 failures.append(error)
                 stop.cancel()

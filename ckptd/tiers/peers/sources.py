@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -41,7 +41,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Fragments:
-    """The CRC-32C of each fragment of a string (docs/erasure.md, section 6): i is [offsets[i], offsets[i + 1])."""
+    """The CRC-32C of each fragment that a string is cut into: i is [offsets[i], offsets[i + 1])."""
 
     offsets: npt.NDArray[np.int64]
     crc: npt.NDArray[np.uint32]
@@ -78,46 +78,84 @@ class Extent:
     size: int
 
 
+def memories_of(slots: Sequence[Slot]) -> list[Slot]:
+    """The memfds that make up a node's string (docs/erasure.md, section 1): its slots, ranks ascending, then the frozen
+    regions that they share, each once."""
+    ordered = sorted(slots, key=lambda slot: slot.geometry.rank)
+    regions: list[Slot] = []
+    for region in (slot.region for slot in ordered if slot.region is not None):
+        if not any(os.path.sameopenfile(region.descriptor, other.descriptor) for other in regions):
+            regions.append(region)
+    return ordered + regions
+
+
 def string_of(slots: Sequence[Slot]) -> list[Extent]:
-    """The node's slots as one string: of each its data, and behind it that of its frozen region if it has one."""
-    parts = [part for slot in slots for part in (slot, slot.region) if part is not None]
-    return [Extent(part.descriptor, part.geometry.data_offset, part.geometry.data_bytes) for part in parts]
+    """The node's slots as one string: whole images, so that who has the string has the slots."""
+    return [Extent(memory.descriptor, 0, memory.geometry.size) for memory in memories_of(slots)]
+
+
+class Extents:
+    """Ranges of descriptors one after the other, as one string of `size` bytes. Has descriptors of its own."""
+
+    def __init__(self, extents: Sequence[Extent]) -> None:
+        kept = [extent for extent in extents if extent.size]
+        self._starts = list(itertools.accumulate((extent.size for extent in kept), initial=0))
+        self.size = self._starts[-1]
+        self._extents = [dataclasses.replace(extent, descriptor=os.dup(extent.descriptor)) for extent in kept]
+
+    def copy(self, offset: int, into: memoryview) -> None:
+        """Copies bytes out. Raises CorruptionError where the memory is shorter than the extents say."""
+        for descriptor, at, done, size in self._parts(offset, len(into)):
+            while size:
+                count = os.preadv(descriptor, [into[done : done + size]], at)
+                if count == 0:
+                    raise CorruptionError(
+                        f"bytes from {offset + done} on: the memory ends there, expected {self.size} bytes"
+                    )
+                at, done, size = at + count, done + count, size - count
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Copies bytes in."""
+        for descriptor, at, done, size in self._parts(offset, len(data)):
+            while size:
+                count = os.pwritev(descriptor, [data[done : done + size]], at)
+                at, done, size = at + count, done + count, size - count
+
+    def close(self) -> None:
+        """Idempotent."""
+        while self._extents:
+            os.close(self._extents.pop().descriptor)
+
+    def _parts(self, offset: int, size: int) -> Iterator[tuple[int, int, int, int]]:
+        """(descriptor, offset in it, offset in the range, bytes) of each extent that a range touches."""
+        done = 0
+        index = bisect.bisect_right(self._starts, offset) - 1
+        while done < size:
+            extent, inside = self._extents[index], offset + done - self._starts[index]
+            part = min(extent.size - inside, size - done)
+            yield extent.descriptor, extent.offset + inside, done, part
+            done, index = done + part, index + 1
 
 
 class DescriptorSource:
     """Extents one after the other as one string, read by descriptors of its own."""
 
     def __init__(self, extents: Sequence[Extent], fragments: Fragments | None = None) -> None:
-        kept = [extent for extent in extents if extent.size]
-        self._starts = list(itertools.accumulate((extent.size for extent in kept), initial=0))
-        self.size = self._starts[-1]
-        if fragments is not None and fragments.offsets[-1] != self.size:
-            raise FormatError(f"fragments of {fragments.offsets[-1]} bytes for a string of {self.size}")
+        size = sum(extent.size for extent in extents)
+        if fragments is not None and fragments.offsets[-1] != size:
+            raise FormatError(f"fragments of {fragments.offsets[-1]} bytes for a string of {size}")
+        self.size = size
         self._fragments = fragments
-        self._extents = [dataclasses.replace(extent, descriptor=os.dup(extent.descriptor)) for extent in kept]
+        self._extents = Extents(extents)
 
     def read(self, offset: int, into: memoryview) -> int:
         """As in `Source`. Also CorruptionError where the memory is shorter than the extents say."""
-        done = 0
-        index = bisect.bisect_right(self._starts, offset) - 1
-        while done < len(into):
-            extent, inside = self._extents[index], offset + done - self._starts[index]
-            if inside == extent.size:
-                index += 1
-                continue
-            part = into[done : done + extent.size - inside]
-            count = os.preadv(extent.descriptor, [part], extent.offset + inside)
-            if count == 0:
-                raise CorruptionError(
-                    f"bytes from {offset + done} on: the memory ends there, expected {self.size} bytes"
-                )
-            done += count
+        self._extents.copy(offset, into)
         return crc32c(into) if self._fragments is None else self._fragments.verify(offset, into)
 
     def close(self) -> None:
         """As in `Source`."""
-        while self._extents:
-            os.close(self._extents.pop().descriptor)
+        self._extents.close()
 
 
 class MemorySource:
