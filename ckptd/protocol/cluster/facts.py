@@ -126,7 +126,9 @@ def merged(old: Entry | None, new: Entry) -> Entry:
 
 def newer(first: SnapshotId | None, second: SnapshotId | None) -> SnapshotId | None:
     """The newer of two, of which either may be none."""
-    return max((s for s in (first, second) if s is not None), default=None)
+    if first is None or second is None:
+        return second if first is None else first
+    return max(first, second)
 
 
 def _either(old: bool | None, new: bool | None) -> bool | None:

@@ -12,6 +12,10 @@ Invariants
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import msgspec
+
 from ckptd.core.types import Level, SnapshotId
 from ckptd.protocol.cadence import Cadence
 from ckptd.protocol.cluster import messages as m
@@ -39,7 +43,7 @@ class MemberMachine:
         self.verdicts: dict[SnapshotId, Entry] = {}
         self._known = None if state.epoch is None else m.Decided(state.epoch, 0, ())
         self._below: dict[int, m.Facts] = {}
-        self._below_entries: dict[int, dict[SnapshotId, Entry]] = {}
+        self._gathered: m.Facts | None = None
         self._work = Work()
         self._writing: SnapshotId | None = None
         self._committing: SnapshotId | None = None
@@ -204,10 +208,13 @@ class MemberMachine:
         assert self.state.membership is not None
         if self.state.number is None or message.sender not in self._children():
             return
-        self._below[message.sender] = message
-        entries = self._below_entries.setdefault(message.sender, {})
+        old = self._below.get(message.sender)
+        entries = {} if old is None else {entry.snapshot: entry for entry in old.entries}
         for entry in message.entries:
             entries[entry.snapshot] = merged(entries.get(entry.snapshot), entry)
+        kept = tuple(entry for snapshot, entry in entries.items() if self._is_wanted(snapshot))
+        self._below[message.sender] = msgspec.structs.replace(message, entries=kept)
+        self._gathered = None
 
     def _learn(self, message: m.Decided) -> None:
         """What was known stays known."""
@@ -271,46 +278,74 @@ class MemberMachine:
                 self._out.append(m.Leave())
             return
         before = None
-        while before != (up := self._up(), self._known):
-            before = (up, self._known)
+        while before != (own := self._own(), self._known):
+            before = (own, self._known)
             if self._root is not None:
-                self._learn(self._root.decide(state, up))
+                self._learn(self._root.decide(state, self._up(own)))
                 self._commit()
             self._follow()
             self._protect()
             self._flush()
             self._free()
-        self._tell(up)
+        self._tell(own)
 
     def _children(self) -> range:
         assert self.state.membership is not None
         assert self.state.number is not None
         return children_of(self.state.number, len(self.state.membership.arenas), self._fan_out)
 
-    def _up(self) -> m.Facts:
-        """What this member and all below it have posted."""
+    def _is_wanted(self, snapshot: SnapshotId) -> bool:
+        """Facts of it are not superseded."""
+        known = self._known
+        return known is None or known.protected is None or snapshot >= known.protected or snapshot == known.flushing
+
+    def _own(self) -> m.Facts:
+        """What this member has posted."""
         state, known = self.state, self._known
         assert state.epoch is not None
         assert state.number is not None
         assert known is not None
-        own = {h.snapshot: h.entry() for h in state.holdings if state.is_current(h.snapshot)}
-        children = self._children()
-        below = [self._below_entries.get(number, {}) for number in children]
-        heard = [self._below[number] for number in children if number in self._below]
-        named = {*own, *(s for entries in below for s in entries)}
-        floor = known.protected
-        wanted = sorted(s for s in named if floor is None or s >= floor or s == known.flushing)
+        current = [h for h in state.holdings if state.is_current(h.snapshot) and self._is_wanted(h.snapshot)]
         return m.Facts(
             state.epoch,
             state.number,
-            tuple(conjunction(s, [own.get(s), *(entries.get(s) for entries in below)]) for s in wanted),
-            heard=1 + sum(facts.heard for facts in heard),
-            ready=self._able and state.has_room() and all(facts.ready for facts in heard),
-            boundary=max([self._boundary, *(facts.boundary for facts in heard)]),
-            granted=max([state.granted, *(facts.granted for facts in heard)]),
-            encoding=_newest([known.encoding, *(facts.encoding for facts in heard)]),
-            flushing=_newest([known.flushing, *(facts.flushing for facts in heard)]),
-            ended=_newest([known.ended, self._ended, *(facts.ended for facts in heard)]),
+            tuple(holding.entry() for holding in sorted(current, key=lambda h: h.snapshot)),
+            heard=1,
+            ready=self._able and state.has_room(),
+            boundary=self._boundary,
+            granted=state.granted,
+            encoding=known.encoding,
+            flushing=known.flushing,
+            ended=newer(known.ended, self._ended),
+        )
+
+    def _up(self, own: m.Facts) -> m.Facts:
+        """What this member and all below it have posted."""
+        children = self._children()
+        if not children:
+            return own
+        if self._gathered is None:
+            self._gathered = self._joined([self._below.get(number) for number in children])
+        return self._joined([own, self._gathered]) or own
+
+    def _joined(self, parts: list[m.Facts | None]) -> m.Facts | None:
+        """What holds of all parts, as far as they have been heard of; None if none has."""
+        heard = [facts for facts in parts if facts is not None]
+        if not heard:
+            return None
+        found = [{entry.snapshot: entry for entry in facts.entries} if facts else {} for facts in parts]
+        wanted = sorted(s for s in {s for entries in found for s in entries} if self._is_wanted(s))
+        return m.Facts(
+            heard[0].epoch,
+            heard[0].sender,
+            tuple(conjunction(s, [entries.get(s) for entries in found]) for s in wanted),
+            heard=sum(facts.heard for facts in heard),
+            ready=all(facts.ready for facts in heard),
+            boundary=max(facts.boundary for facts in heard),
+            granted=max(facts.granted for facts in heard),
+            encoding=_newest(facts.encoding for facts in heard),
+            flushing=_newest(facts.flushing for facts in heard),
+            ended=_newest(facts.ended for facts in heard),
         )
 
     def _commit(self) -> None:
@@ -418,12 +453,12 @@ class MemberMachine:
 
     # --- telling
 
-    def _tell(self, up: m.Facts) -> None:
+    def _tell(self, own: m.Facts) -> None:
         state, known = self.state, self._known
         assert state.number is not None
         assert state.membership is not None
         parent = parent_of(state.number, self._fan_out)
-        if parent is not None and up != self._told_up:
+        if parent is not None and (up := self._up(own)) != self._told_up:
             self._told_up = up
             self._out.append(m.Tell(state.membership.arenas[parent], up))
         if known is not None and known != self._told_down:
@@ -434,5 +469,5 @@ class MemberMachine:
             self._out += [m.Tell(arena, known) for arena in listeners]
 
 
-def _newest(snapshots: list[SnapshotId | None]) -> SnapshotId | None:
+def _newest(snapshots: Iterable[SnapshotId | None]) -> SnapshotId | None:
     return max((s for s in snapshots if s is not None), default=None)
