@@ -1,14 +1,16 @@
 """The exchange plan: which rank reads each chunk that a load needs, and to whom it passes it on.
 
 Owns the rule by which every byte is read once per job. Invariants: each wanted row has one reader, and that is a rank
-that wants it itself; bytes are level over the ranks, and so over nodes by their ranks, as far as who wants what allows;
-where that leaves a choice, a rank reads on whose node the row is wanted most; the same question gets the same plan on
-every rank (what is computed in floating point is so in one order, with operations that IEEE 754 defines). Knows nothing
-of boxes, files or messages.
+that wants it itself, or, where not every rank can read everything (`Readers`: the memory of several nodes), one that
+can read it; bytes are level over the ranks, and so over nodes by their ranks, as far as who may read what allows; where
+that leaves a choice, a rank reads on whose node most others may; the same question gets the same plan on every rank
+(what is computed in floating point is so in one order, with operations that IEEE 754 defines). Knows nothing of boxes,
+files or messages.
 
-How: rows wanted by one rank have no choice. The others are grouped by who wants them; each group's bytes are shared out
-in proportion to weights of the ranks, which are scaled until the loads are level; then each group is cut into runs of
-rows in that proportion, so that ranks read neighbouring chunks; at last single rows are moved where that helps.
+How: rows that one rank may read have no choice. The others are grouped by who may read them; each group's bytes are
+shared out in proportion to weights of the ranks, which are scaled until the loads are level; then each group is cut
+into runs of rows in that proportion, so that ranks read neighbouring chunks; at last single rows are moved where that
+helps.
 """
 
 from __future__ import annotations
@@ -30,6 +32,13 @@ _MOVES = 64
 
 _LEVEL_ENOUGH = 1.01
 """Loads up to this multiple of what is possible at best are left as they are."""
+
+
+class Readers(NamedTuple):
+    """Who can read what: row r can be read by the ranks `ranks[place[r]]`."""
+
+    place: Ints
+    ranks: Sequence[Sequence[int] | Ints]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,11 +89,19 @@ class Exchange:
         return rows[order], targets[order], first
 
 
-def plan_exchange(raw: Ints, wanted: Sequence[Ints], nodes: Sequence[int] | Ints | None = None) -> Exchange:
+def plan_exchange(
+    raw: Ints,
+    wanted: Sequence[Ints],
+    nodes: Sequence[int] | Ints | None = None,
+    *,
+    readers: Readers | None = None,
+    load: Ints | None = None,
+) -> Exchange:
     """The exchange for ranks that want the catalog rows `wanted[rank]` (ascending, each once).
 
     `raw`: bytes of every row of the catalog. `nodes`: a number for the node of each rank; None: all are on one node.
-    Raises ValueError where a list is not ascending or names rows that there are not.
+    `readers`: who can read what, wanted or not; None: whoever wants it. `load`: bytes that each rank reads besides.
+    Raises ValueError where a list is not ascending, names rows that there are not, or a row that nobody can read.
     """
     lists = tuple(np.asarray(rows, np.int64) for rows in wanted)
     for rank, rows in enumerate(lists):
@@ -94,36 +111,71 @@ def plan_exchange(raw: Ints, wanted: Sequence[Ints], nodes: Sequence[int] | Ints
     if len(node) != len(lists):
         raise ValueError(f"nodes of {len(node)} ranks for {len(lists)} ranks")
     reader = np.full(len(raw), -1, np.int64)
-    choices = _Choices.of(lists)
+    choices = _Choices.of_wanting(lists) if readers is None else _Choices.of_able(lists, readers)
     if len(choices.row):
-        reader[choices.row] = _chosen(choices, np.asarray(raw, np.int64)[choices.row], node)
+        before = np.zeros(len(lists), np.int64) if load is None else np.asarray(load, np.int64)
+        reader[choices.row] = _chosen(choices, np.asarray(raw, np.int64)[choices.row], node, before)
     return Exchange(reader, lists)
 
 
 class _Choices(NamedTuple):
-    """Of every wanted row (`row`, ascending) the ranks that want it: `rank[first[i]]` to `rank[first[i + 1]]`,
-    ascending."""
+    """Who may read each wanted row (`row`, ascending): the ranks of its `group`, which for group g are
+    `rank[first[g]]` to `rank[first[g + 1]]`, ascending."""
 
     row: Ints
+    group: Ints
     first: Ints
     rank: Ints
 
     @classmethod
-    def of(cls, lists: Sequence[Ints]) -> _Choices:
+    def of_wanting(cls, lists: Sequence[Ints]) -> _Choices:
+        """Whoever wants a row. Group r is rank r alone; after these come the sets of several ranks."""
         row = np.concatenate([np.zeros(0, np.int64), *lists])
         rank = np.repeat(np.arange(len(lists)), [len(rows) for rows in lists])
         if (np.diff(row) < 0).any():
             order = np.argsort(row, kind="stable")
             row, rank = row[order], rank[order]
         begin = np.flatnonzero(np.diff(row, prepend=-1))
-        return cls(row[begin], np.append(begin, len(row)), rank)
+        counts = np.diff(np.append(begin, len(row)))
+        several = np.flatnonzero(counts > 1)
+        group, ranks, sizes = rank[begin], np.arange(len(lists)), np.ones(len(lists), np.int64)
+        if len(several):
+            start = np.cumsum(counts[several]) - counts[several]
+            wanting = rank[_spans(begin[several], counts[several])]
+            signature = _signature(wanting, start, counts[several])
+            _, leader, set_of = np.unique(signature, return_index=True, return_inverse=True)
+            group[several] = len(lists) + set_of
+            sizes = np.concatenate([sizes, counts[several][leader]])
+            ranks = np.concatenate([ranks, wanting[_spans(start[leader], counts[several][leader])]])
+        return cls(row[begin], group, np.append(0, np.cumsum(sizes)), ranks)
+
+    @classmethod
+    def of_able(cls, lists: Sequence[Ints], readers: Readers) -> _Choices:
+        """Whoever can read a row."""
+        row = np.unique(np.concatenate([np.zeros(0, np.int64), *lists]))
+        sets: dict[tuple[int, ...], int] = {}
+        able = [tuple(sorted(map(int, ranks))) for ranks in readers.ranks]
+        group = np.array([sets.setdefault(ranks, len(sets)) for ranks in able], np.int64)[readers.place[row]]
+        if () in sets and (group == sets[()]).any():
+            raise ValueError(f"row {row[group == sets[()]][0]}: no rank can read it")
+        sizes = np.array([len(ranks) for ranks in sets], np.int64)
+        members = np.array([rank for ranks in sets for rank in ranks], np.int64)
+        return cls(row, group, np.append(0, np.cumsum(sizes)), members)
 
 
-def _chosen(choices: _Choices, weight: Ints, node: Ints) -> Ints:
-    """The reader of every row."""
-    chosen = choices.rank[choices.first[:-1]]
-    choice = np.diff(choices.first) > 1
-    load = _sums(chosen[~choice], weight[~choice], len(node))
+def _spans(begin: Ints, counts: Ints) -> Ints:
+    """The indices `begin[i]` to `begin[i] + counts[i]` of all i, one after the other."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    spans: Ints = np.arange(total) + np.repeat(begin - (ends - counts), counts)
+    return spans
+
+
+def _chosen(choices: _Choices, weight: Ints, node: Ints, before: Ints) -> Ints:
+    """The reader of every row, of ranks that have so many bytes to read `before`."""
+    chosen = choices.rank[choices.first[choices.group]]
+    choice = np.diff(choices.first)[choices.group] > 1
+    load = before + _sums(chosen[~choice], weight[~choice], len(node))
     free = np.flatnonzero(choice)
     if len(free):
         some = _Free.of(choices, free, weight)
@@ -150,21 +202,19 @@ class _Free(NamedTuple):
 
     @classmethod
     def of(cls, choices: _Choices, free: Ints, weight: Ints) -> _Free:
-        counts = choices.first[free + 1] - choices.first[free]
-        begin = np.cumsum(counts) - counts
-        ranks = choices.rank[np.arange(int(counts.sum())) + np.repeat(choices.first[free] - begin, counts)]
-        _, leader, group = np.unique(_signature(ranks, begin, counts), return_index=True, return_inverse=True)
-        sizes = counts[leader]
-        group_first = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        source = np.arange(int(group_first[-1])) + np.repeat(begin[leader] - group_first[:-1], sizes)
-        return cls(weight[free], group, group_first, ranks[source])
+        """Those rows of `choices`, and the groups that they are in."""
+        used = np.zeros(len(choices.first) - 1, bool)
+        used[choices.group[free]] = True
+        sizes = np.diff(choices.first)[used]
+        ranks = choices.rank[_spans(choices.first[:-1][used], sizes)]
+        return cls(weight[free], (np.cumsum(used) - 1)[choices.group[free]], np.append(0, np.cumsum(sizes)), ranks)
 
     def level_shares(self, load: Ints, node: Ints) -> Floats:
         """Of each group and rank the part of the group's weight that levels the ranks' loads, as far as that goes."""
-        count = len(self.group_first) - 1
-        groups = np.repeat(np.arange(count), np.diff(self.group_first))
-        total = _sums(self.group, self.weight, count).astype(np.float64)[groups]
-        goal = _goals(load, np.unique(self.rank), float(self.weight.sum()))
+        groups = np.repeat(np.arange(len(self.group_first) - 1), np.diff(self.group_first))
+        weights = _sums(self.group, self.weight, len(self.group_first) - 1)
+        total = weights.astype(np.float64)[groups]
+        goal = self._goals(load, weights)
         # Before loads are looked at: the more of the group are on the node the better.
         _, place, others = np.unique(
             groups * (node.max() + 1) + node[self.rank], return_inverse=True, return_counts=True
@@ -181,6 +231,30 @@ class _Free(NamedTuple):
             factor[there] *= np.clip(goal[there] / added[there], 2**-10, 2**10)
             factor = np.clip(factor / factor.max(), 2.0**-100, 1.0)
         return part * total
+
+    def _goals(self, load: Ints, weights: Ints) -> Floats:
+        """What is to be added to each rank so that those are level between which groups can hand on bytes."""
+        island = self.islands(len(load))
+        ranks = np.unique(self.rank)
+        ranks = ranks[np.argsort(island[ranks], kind="stable")]
+        total = _sums(island[self.rank[self.group_first[:-1]]], weights, len(load))
+        goal = np.zeros(len(load))
+        for members in np.split(ranks, np.flatnonzero(np.diff(island[ranks])) + 1):
+            goal[members] = _levelling(load[members], float(total[island[members[0]]]))
+        return goal
+
+    def islands(self, ranks: int) -> Ints:
+        """The lowest rank that each rank is connected with by groups."""
+        lowest = np.arange(ranks)
+        sizes = np.diff(self.group_first)
+        while True:
+            lower = lowest.copy()
+            of_group = np.minimum.reduceat(lowest[self.rank], self.group_first[:-1])
+            np.minimum.at(lower, self.rank, np.repeat(of_group, sizes))
+            lower = lower[lower]
+            if np.array_equal(lower, lowest):
+                return lowest
+            lowest = lower
 
     def rounded(self, shares: Floats) -> Ints:
         """A choice (index into `rank`) for every row: runs of each group's rows of about the weight of the shares."""
@@ -202,24 +276,23 @@ def _signature(ranks: Ints, begin: Ints, counts: Ints) -> npt.NDArray[np.uint64]
     return np.asarray(np.add.reduceat(mixed, begin) * np.uint64(2**16 + 1) + counts.astype(np.uint64))
 
 
-def _goals(load: Ints, ranks: Ints, total: float) -> Floats:
-    """What is to be added to each of `ranks` so that they are level: those above that level already get nothing."""
-    height = load[ranks].astype(np.float64)
-    order = np.argsort(height, kind="stable")
-    levels = (total + np.cumsum(height[order])) / np.arange(1, len(ranks) + 1)
-    level = levels[np.argmax(levels <= np.append(height[order][1:], np.inf))]
-    goal = np.zeros(len(load))
-    goal[ranks] = np.maximum(level - height, 0.0)
-    return goal
+def _levelling(height: Ints, total: float) -> Floats:
+    """How `total` is added so that all are level: those above that level already get nothing."""
+    ascending = np.sort(height.astype(np.float64))
+    levels = (total + np.cumsum(ascending)) / np.arange(1, len(height) + 1)
+    level = levels[np.argmax(levels <= np.append(ascending[1:], np.inf))]
+    added: Floats = np.maximum(level - height, 0.0)
+    return added
 
 
 def _improved(free: _Free, picked: Ints, load: Ints) -> Ints:
     """The reader of each row, after rows were moved from fuller to emptier ranks as long as that helps."""
     chosen = free.rank[picked]
     load = load + _sums(chosen, free.weight, len(load))
-    level = float(load.sum()) / len(load)
+    island = free.islands(len(load))
+    level = (_sums(island, load, len(load)) / np.maximum(np.bincount(island, minlength=len(load)), 1))[island]
     for _ in range(_MOVES):
-        moving = np.flatnonzero(load[chosen] > level * _LEVEL_ENOUGH)
+        moving = np.flatnonzero(load[chosen] > level[chosen] * _LEVEL_ENOUGH)
         if not len(moving):
             break
         # The emptiest rank of each group, the lowest of equals.

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from ckptd.core.box import Box, cut
 from ckptd.core.catalog import ALL_RANKS, Catalog, TensorInfo
@@ -41,6 +42,7 @@ OBJECTS_FILE = 1
 """`file` column of rows whose bytes are objects rather than tensors of the slot (file 0)."""
 
 Read = Callable[[int, memoryview], None]
+Rows = npt.NDArray[np.int64]
 
 
 class Newcomer(msgspec.Struct, array_like=True, frozen=True):
@@ -69,10 +71,7 @@ def share_rows(catalogs: Sequence[Catalog]) -> list[Catalog]:
     Rows for one rank (`rank` column) are compared by key and CRC, which must be filled in.
     """
     own = [_own_tensors(catalog) for catalog in catalogs]
-    lowest: dict[str, tuple[int, bytes]] = {}
-    for tensors in own:
-        for (key, rank), (_, checksums) in tensors.items():
-            lowest[key] = min(lowest.get(key, (rank, checksums)), (rank, checksums))
+    lowest = _lowest(own)
     shared = []
     for catalog, tensors in zip(catalogs, own, strict=True):
         kept = np.ones(len(catalog), bool)
@@ -88,7 +87,29 @@ def share_rows(catalogs: Sequence[Catalog]) -> list[Catalog]:
     return shared
 
 
-def _own_tensors(catalog: Catalog) -> dict[tuple[str, int], tuple[np.ndarray[tuple[int], np.dtype[np.int64]], bytes]]:
+def holders(catalogs: Sequence[Catalog]) -> dict[str, list[tuple[int, Rows]]]:
+    """Of each key that catalogs hold for one rank: the positions of those whose value is the one that `share_rows`
+    marks ALL_RANKS, and its rows there, which in all of them are the same boxes in the same order."""
+    own = [_own_tensors(catalog) for catalog in catalogs]
+    lowest = _lowest(own)
+    found: dict[str, list[tuple[int, Rows]]] = {key: [] for key in lowest}
+    for position, tensors in enumerate(own):
+        for (key, _), (rows, checksums) in tensors.items():
+            if checksums == lowest[key][1]:
+                found[key].append((position, rows))
+    return found
+
+
+def _lowest(own: Sequence[Mapping[tuple[str, int], tuple[Rows, bytes]]]) -> dict[str, tuple[int, bytes]]:
+    """Of each key the lowest rank that holds it, and the checksums there."""
+    lowest: dict[str, tuple[int, bytes]] = {}
+    for tensors in own:
+        for (key, rank), (_, checksums) in tensors.items():
+            lowest[key] = min(lowest.get(key, (rank, checksums)), (rank, checksums))
+    return lowest
+
+
+def _own_tensors(catalog: Catalog) -> dict[tuple[str, int], tuple[Rows, bytes]]:
     """(key, rank) -> (rows, their CRCs as bytes) of the tensors that a catalog holds for one rank only."""
     rows = np.flatnonzero(catalog.rank != ALL_RANKS)
     rows = rows[np.lexsort((rows, catalog.rank[rows], catalog.tensor[rows]))]

@@ -123,34 +123,31 @@ class Group:
         if self._handle is None or not (sent or received):
             return
         failures: list[RuntimeError] = []
-        works = []
-        for message in received:
+        for work in self._exchanged(sent, received, failures):
             with _noting(failures):
-                target = _tensor(message.data)
-                works.append(dist.irecv(target, self._global(message.rank), group=self._handle, tag=message.tag))
-        works += self._send(sent, failures)
-        for work in works:
-            with _noting(failures):
-                if work is not None:
-                    work.wait()
+                work.wait()
         if failures:
             raise self._lost(failures[0]) from failures[0]
 
-    def farewell(self, sent: Sequence[Message], failure: Exception) -> None:
+    def farewell(self, sent: Sequence[Message], received: Sequence[Message], failure: Exception) -> None:
         """For a rank that leaves because another is lost: those that have not heard of it yet get what this rank has
-        for them in their next `swap`, and its failure in the `agree` after that. Waits for nothing; what is on its way
-        is kept alive."""
+        for them in their next `swap`, are rid of what they have for it, and hear of its failure in the `agree` after
+        that. Waits for nothing; what is on its way is kept alive."""
         if self._handle is not None:
-            self._unfinished += [(sent, self._send(sent, []))]
+            self._unfinished += [(sent, received, self._exchanged(sent, received, []))]
             with contextlib.suppress(CkptdError):
                 self._unfinished += [self.agree(failure)]
 
-    def _send(self, messages: Sequence[Message], failures: list[RuntimeError]) -> list[dist.Work | None]:
+    def _exchanged(
+        self, sent: Sequence[Message], received: Sequence[Message], failures: list[RuntimeError]
+    ) -> list[dist.Work]:
+        """Begins to receive, then to send."""
         works = []
-        for message in messages:
+        for message, begin in [*((m, dist.irecv) for m in received), *((m, dist.isend) for m in sent)]:
             with _noting(failures):
-                source = _tensor(message.data)
-                works.append(dist.isend(source, self._global(message.rank), group=self._handle, tag=message.tag))
+                other = self._global(message.rank)
+                work = begin(_tensor(message.data), other, group=self._handle, tag=message.tag)
+                works += [] if work is None else [work]
         return works
 
     def _global(self, rank: int) -> int:

@@ -1,4 +1,7 @@
-"""Loading by several ranks together: each byte is read from the store once, and passed on to whoever wants it.
+"""Loading by several ranks together: each byte is read once where reading is dear, and passed on to whoever wants it.
+
+Of a store any rank can read any byte, and each is read once by one of them. Of the memory of several nodes
+(`PartedTier`) a rank reads for itself whatever it can, which is cheap, and asks the others for the rest.
 
 Every rank says which rows it wants; all compute one schedule (exchange_schedule.py) and carry it out in rounds. In step
 s of a job on one node a rank
@@ -27,8 +30,8 @@ is written anew in step s after it was copied from in step s-2, which all had do
 Bytes are verified where they are decoded, against the CRC-32C of the checkpoint: what came over a network too, since it
 travels as stored. Between ranks of a node they then pass through the node's memory, and are trusted as memory is.
 
-Memory beyond the targets: ROOM_BYTES (or one chunk) for each thread, three times, shared; on several nodes up to as
-much again for messages; and what threads decode into (loading.py).
+Memory beyond the targets: ROOM_BYTES (or one chunk) for each thread, three times, shared; on several nodes up to twice
+as much for messages; and what threads decode into (loading.py).
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptd.core.errors import DeadlineError, FormatError
+from ckptd.plan.exchange import Readers
 from ckptd.trainer.collective import Agreement, Group, Message
 from ckptd.trainer.exchange_schedule import Schedule, Unit, make_schedule
 from ckptd.trainer.exchange_staging import Staging
@@ -60,12 +64,7 @@ _THIRDS = 3
 
 @runtime_checkable
 class SharedTier(RunReader, Protocol):
-    """A tier from which reading twice is dear, as `StoredCheckpoint`: a run can be fetched as it is stored by one rank
-    and decoded by another."""
-
-    def metadata(self) -> bytes: ...
-
-    def adopt(self, metadata: bytes) -> None: ...
+    """A tier that ranks read together: a run can be fetched as it is stored by one rank and decoded by another."""
 
     def stored_bytes(self, rows: Sequence[int]) -> int: ...
 
@@ -74,12 +73,21 @@ class SharedTier(RunReader, Protocol):
     def decode(self, rows: Sequence[int], stored: memoryview, into: Sequence[memoryview]) -> None: ...
 
 
+@runtime_checkable
+class PartedTier(SharedTier, Protocol):
+    """A shared tier of which each rank can read a part only, cheaply."""
+
+    def readers(self) -> Readers: ...
+
+
 class _Answer(msgspec.Struct, array_like=True):
-    """What a rank wants, as first rows and lengths of runs of rows; whose memory it can open; its threads."""
+    """What a rank asks for, as first rows and lengths of runs of rows; whose memory it can open; its threads; the bytes
+    that it reads for itself, if it does not ask for all it wants."""
 
     rows: bytes
     opened: list[int]
     threads: int
+    own_bytes: int
 
 
 class Exchange:
@@ -92,6 +100,7 @@ class Exchange:
         self._filling = filling
         self._staging = Staging(group.rank)
         self._threads = 1
+        self._own = np.zeros(0, np.int64)
         try:
             self._schedule = self._plan()
             self._share_memory()
@@ -112,25 +121,31 @@ class Exchange:
     def run(self) -> None:
         """Fills all targets."""
         with ThreadPoolExecutor(self._threads, "ckptd-load") as pool:
-            _Run(self._group, self._tier, self._filling, self._schedule, self._staging, pool).steps()
+            run = _Run(self._group, self._tier, self._filling, self._schedule, self._staging, pool)
+            run.steps(np.concatenate([self._own, self._schedule.alone[self._group.rank]]))
 
     def _plan(self) -> Schedule:
         offers = self._group.together(self._staging.offer)
-        wanted = _encoded(self._filling.rows)
+        readers = self._tier.readers() if isinstance(self._tier, PartedTier) else None
+        catalog, asked = self._filling.catalog, self._filling.rows
+        if readers is not None:
+            able = np.array([self._group.rank in ranks for ranks in readers.ranks], bool)[readers.place[asked]]
+            self._own, asked = asked[able], asked[~able]
 
         def answer() -> bytes:
             opened = self._staging.open(offers)
-            return msgspec.msgpack.encode(_Answer(wanted, opened, threads_for(self._tier, len(opened))))
+            threads, own_bytes = threads_for(self._tier, len(opened)), int(catalog.raw[self._own].sum())
+            return msgspec.msgpack.encode(_Answer(_encoded(asked), opened, threads, own_bytes))
 
         answers = self._group.together(answer)
         found = [msgspec.msgpack.decode(data, type=_Answer) for data in answers]
         rows = [_decoded(answer.rows) for answer in found]
-        catalog = self._filling.catalog
         if any(len(held) and not 0 <= held[0] <= held[-1] < len(catalog) for held in rows):
             raise FormatError("the ranks have opened different checkpoints; give every rank the same path")
         self._threads = found[self._group.rank].threads
         room = ROOM_BYTES * max(answer.threads for answer in found)
-        return make_schedule(catalog, rows, _nodes([answer.opened for answer in found]), room)
+        nodes, load = _nodes([answer.opened for answer in found]), np.array([answer.own_bytes for answer in found])
+        return make_schedule(catalog, rows, nodes, room, readers, load)
 
     def _share_memory(self) -> None:
         """Memory for _THIRDS rounds on every rank that decodes for others of its node."""
@@ -168,11 +183,10 @@ class _Run:
         self._stored: dict[int, memoryview] = {}
         self._alone: list[Future[None]] = []
 
-    def steps(self) -> None:
-        """All rounds, and what this rank wants alone, of which a share is begun with each step."""
+    def steps(self, alone: Ints) -> None:
+        """All rounds, and the rows that this rank reads `alone`, of which a share is begun with each step."""
         runs: list[list[int]] = []
         count = len(self._schedule.rounds) + self._lag + 1
-        alone = self._schedule.alone[self._rank]
         agreement = self._group.agree(_failure(lambda: runs.extend(self._tier.runs(alone))))
         share = math.ceil(len(runs) / count)
         try:
@@ -200,11 +214,12 @@ class _Run:
 
     def _heard(self, agreement: Agreement, step: int) -> None:
         """All have done the step before. A rank that is lost may have told some of us and not others, and these are
-        already waiting for what we have for them in this step."""
+        already waiting for what we have for them in this step, and for us to take what they have for us."""
         try:
             agreement.result()
         except DeadlineError as lost:
-            self._group.farewell(self._messages(step - self._lag)[0] if self._lag else [], lost)
+            sent, received = self._messages(step - self._lag)
+            self._group.farewell(sent, received, lost)
             raise
 
     def _begin(self, step: int, work: list[Future[None]]) -> None:
@@ -235,7 +250,7 @@ class _Run:
         return rounds[number] if 0 <= number < len(rounds) else []
 
     def _fetched(self, number: int) -> list[Unit]:
-        return [unit for unit in self._round(number) if unit.reader == self._rank and len(unit.places) > 1]
+        return [unit for unit in self._round(number) if unit.reader == self._rank and unit.targets]
 
     def _decoded(self, number: int) -> list[Unit]:
         return [unit for unit in self._round(number) if self._decoder(unit) == self._rank]
@@ -265,10 +280,9 @@ class _Run:
         """What this rank sends in a round, and what it receives."""
         sent, received = [], []
         for unit in self._round(number):
-            decoders = [place.decoder for place in unit.places.values() if place.decoder != unit.reader]
             if unit.reader == self._rank:
-                sent += [Message(rank, unit.number, self._stored[unit.number]) for rank in decoders]
-            elif self._rank in decoders:
+                sent += [Message(rank, unit.number, self._stored[unit.number]) for rank in unit.targets]
+            elif self._rank in unit.targets:
                 stored = np.empty(self._tier.stored_bytes(unit.rows), np.uint8).data
                 self._stored[unit.number] = stored
                 received.append(Message(unit.reader, unit.number, stored))

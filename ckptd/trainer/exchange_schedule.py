@@ -2,11 +2,14 @@
 
 What one rank alone wants is left to it. Everything else is cut into units: runs of neighbouring chunks that the same
 ranks want (tiers/store/runs.py), so that one request reads a unit and one message carries it. Of each unit one rank is
-the reader, which alone reads it from the store; and on every node one of those who want it is the decoder, which
+the reader, which alone reads it from the store; and on every node where it is wanted one rank is the decoder, which
 decodes it into memory that its node shares. The reader is the decoder of its own node.
 
+Where not every rank can read everything (the memory of several nodes) ranks ask for what they cannot read themselves,
+and for nothing else: all of it is units, and the reader of one is a rank that can read it and has no use for it.
+
 Units are taken in rounds. Invariants: every rank computes the same schedule from the same question; in one round no
-decoder has more than `room` bytes of units, of which `place` gives each a part of its own.
+rank has more than `room` bytes of units to read or decode; those that it decodes have each a part of its memory.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptd.core.catalog import Catalog
-from ckptd.plan.exchange import plan_exchange
+from ckptd.plan.exchange import Readers, plan_exchange
 from ckptd.tiers.store.runs import in_place_order, run_starts
 from ckptd.trainer.loading import ALIGNMENT_BYTES
 
@@ -44,6 +47,11 @@ class Unit:
     wanting: list[int]
     places: dict[int, Place]
 
+    @property
+    def targets(self) -> list[int]:
+        """The decoders to which the reader sends it."""
+        return [place.decoder for place in self.places.values() if place.decoder != self.reader]
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
@@ -57,12 +65,13 @@ class Schedule:
 
     @property
     def spans_nodes(self) -> bool:
-        """Whether any unit is wanted on several nodes."""
-        return any(len(unit.places) > 1 for units in self.rounds for unit in units)
+        """Whether any unit is wanted on another node than its reader's."""
+        return any(unit.targets for units in self.rounds for unit in units)
 
     def staged(self, unit: Unit, node: int) -> bool:
-        """Whether several ranks of a node want it, so that it is decoded into shared memory."""
-        return sum(self.nodes[rank] == node for rank in unit.wanting) > 1
+        """Whether others of a node than its decoder there want it, so that it is decoded into shared memory."""
+        decoder = unit.places[node].decoder
+        return any(self.nodes[rank] == node and rank != decoder for rank in unit.wanting)
 
     def staging(self) -> set[int]:
         """The ranks that decode something into shared memory."""
@@ -75,30 +84,47 @@ class Schedule:
         }
 
 
-def make_schedule(catalog: Catalog, wanted: Sequence[Ints], nodes: Sequence[int], room: int) -> Schedule:
-    """The schedule for ranks that want these rows, each once, and lie on these nodes. `room`: bytes that a decoder
-    may have in one round, if no single unit is larger."""
+def make_schedule(
+    catalog: Catalog,
+    wanted: Sequence[Ints],
+    nodes: Sequence[int],
+    room: int,
+    readers: Readers | None = None,
+    load: Ints | None = None,
+) -> Schedule:
+    """The schedule for ranks that want these rows, each once, and lie on these nodes. `room`: bytes that a rank may
+    have in one round, if no single unit is larger. `readers`: who can read what; then what ranks read for themselves is
+    not among `wanted`, but counted in `load` (bytes of each rank)."""
     times = np.zeros(len(catalog), np.int32)
     kind = np.zeros(len(catalog), np.int64)
     for rank, rows in enumerate(wanted):
         times[rows] += 1
         kind[rows] ^= _mixed(rank)
-    order = in_place_order(catalog, np.flatnonzero(times > 1))
-    starts = run_starts(catalog, order, kind[order])
+    order = in_place_order(catalog, np.flatnonzero(times > (1 if readers is None else 0)))
+    kind = kind[order]
+    if readers is not None:  # rows of a unit are read by one rank
+        kind = np.unique(kind, return_inverse=True)[1] * len(readers.ranks) + readers.place[order]
+    starts = run_starts(catalog, order, kind)
     unit_of = np.full(len(catalog), -1, np.int64)
     unit_of[order] = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(order))))
     padded = -(-catalog.raw[order] // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     sizes = np.add.reduceat(padded, starts) if len(starts) else np.zeros(0, np.int64)
     each = [np.unique(unit_of[rows][unit_of[rows] >= 0]) for rows in wanted]
-    alone = [rows[times[rows] == 1] for rows in wanted]
-    own = np.array([catalog.raw[rows].sum() for rows in alone], np.int64)
-    readers = _readers(sizes, each, own, nodes)
+    if readers is None:
+        alone = [rows[times[rows] == 1] for rows in wanted]
+        own = np.array([catalog.raw[rows].sum() for rows in alone], np.int64)
+        plan = plan_exchange(sizes, each, nodes, load=own)
+    else:
+        alone = [np.zeros(0, np.int64) for _ in wanted]
+        plan = plan_exchange(
+            sizes, each, nodes, load=load, readers=readers._replace(place=readers.place[order[starts]])
+        )
     wanting = _by_unit(each, len(starts))
     rows_of = [run.tolist() for run in np.split(order, starts[1:])] if len(starts) else []
     room = max(room, int(sizes.max(initial=0)))
     packer = _Packer(list(nodes), room)
-    for number in _sequence(sizes, readers).tolist():
-        packer.add(number, rows_of[number], int(sizes[number]), int(readers[number]), wanting[number])
+    for number in _sequence(sizes, plan.reader).tolist():
+        packer.add(number, rows_of[number], int(sizes[number]), int(plan.reader[number]), wanting[number])
     return Schedule(packer.rounds, packer.most, list(nodes), alone)
 
 
@@ -115,13 +141,14 @@ class _Packer:
 
     def add(self, number: int, rows: list[int], size: int, reader: int, wanting: list[int]) -> None:
         decoders = self._decoders(reader, wanting)
-        if not self.rounds or any(self._used.get(rank, 0) + size > self._room for rank in decoders.values()):
+        busy = {reader, *decoders.values()}
+        if not self.rounds or any(self._used.get(rank, 0) + size > self._room for rank in busy):
             self.rounds.append([])
             self._used = {}
         places = {node: Place(rank, self._used.get(rank, 0)) for node, rank in decoders.items()}
-        for place in places.values():
-            self._used[place.decoder] = place.offset + size
-            self.most = max(self.most, place.offset + size)
+        for rank in busy:
+            self._used[rank] = self._used.get(rank, 0) + size
+            self.most = max(self.most, self._used[rank])
         self.rounds[-1].append(Unit(number, rows, size, reader, wanting, places))
 
     def _decoders(self, reader: int, wanting: list[int]) -> dict[int, int]:
@@ -129,19 +156,14 @@ class _Packer:
         on_node: dict[int, list[int]] = {}
         for rank in wanting:
             on_node.setdefault(self._nodes[rank], []).append(rank)
-        decoders = {self._nodes[reader]: reader}
+        decoders = {}
         for node, ranks in on_node.items():
-            if node not in decoders:
+            if node == self._nodes[reader]:
+                decoders[node] = reader
+            else:
                 self._turns[node] = turn = self._turns.get(node, -1) + 1
                 decoders[node] = ranks[turn % len(ranks)]
         return decoders
-
-
-def _readers(sizes: Ints, each: Sequence[Ints], alone: Ints, nodes: Sequence[int]) -> Ints:
-    """The reading rank of each unit, level with what ranks read for themselves `alone` (bytes of each rank)."""
-    bytes_of = np.concatenate([sizes, alone])
-    wanted = [np.append(units, len(sizes) + rank) for rank, units in enumerate(each)]
-    return plan_exchange(bytes_of, wanted, nodes).reader[: len(sizes)]
 
 
 def _by_unit(each: Sequence[Ints], units: int) -> list[list[int]]:

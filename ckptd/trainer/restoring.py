@@ -4,9 +4,9 @@ Owns the order, what is said of differences, and which part is restored where on
 every difference on any rank is in one MismatchError, the same on every rank, raised before any tensor is written; once
 tensors are written, an error says so; what was not asked for stays as it is.
 
-A tier that is dear to read (`SharedTier`: a store) is read once by all ranks together (exchange.py); from others, as
-memory on the node, each rank reads what it wants. Does not find the snapshot (api.py, checkpointer.py) nor know what a
-leaf of the state is (state.py).
+What several ranks read together (`SharedTier`: a store, the memory of several nodes) they pass on to each other
+(exchange.py); from other origins, as memory on the one node, each rank reads what it wants. Does not find the snapshot
+(api.py, checkpointer.py) nor know what a leaf of the state is (state.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 from torch.optim import Optimizer
@@ -46,6 +46,15 @@ class Origin(Protocol):
     def objects(self) -> dict[str, bytes]: ...
 
     def read(self, row: int, into: memoryview) -> None: ...
+
+
+@runtime_checkable
+class ToldByFirst(Protocol):
+    """An origin of which rank 0 reads manifest and objects for all, as of `StoredCheckpoint`."""
+
+    def metadata(self) -> bytes: ...
+
+    def adopt(self, metadata: bytes) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +113,13 @@ def restore_state(
     asked = _Asked(strict, cast, rng, keys)
     prepared: list[_Prepared] = []
 
-    # Rank 0 reads manifest and objects for all; the others verify them as if they had read them.
-    shared = origin if group.size > 1 and isinstance(origin, SharedTier) else None
-    metadata = b"" if shared is None else group.from_first(shared.metadata)
+    # What rank 0 has read for all, the others verify as if they had read it.
+    told = origin if group.size > 1 and isinstance(origin, ToldByFirst) else None
+    metadata = b"" if told is None else group.from_first(told.metadata)
 
     def prepare() -> bytes:
-        if shared is not None and group.rank != 0:
-            shared.adopt(metadata)
+        if told is not None and group.rank != 0:
+            told.adopt(metadata)
         made, differences = _prepare(app, group, origin, asked)
         prepared.append(made)
         return msgspec.msgpack.encode(differences)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import ckptd
 from ckptd.core.catalog import Catalog
+from ckptd.plan.exchange import Readers
 from ckptd.tiers.store.posix import PosixInput
 from ckptd.tiers.store.reader import StoredCheckpoint
 from ckptd.trainer import exchange
@@ -99,6 +100,45 @@ def test_schedules_keep_their_promises(seed: int) -> None:
     check_schedule(schedule, wanted, 4_000_000, catalog)
     again = make_schedule(catalog, rows, nodes, 4_000_000)
     assert (again.rounds, again.room) == (schedule.rounds, schedule.room)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_schedules_of_parted_memory_keep_their_promises(seed: int) -> None:
+    """Ranks ask for what they cannot read; a unit has one reader that can read all of it, and need not want it."""
+    chance = random.Random(seed)
+    ranks, places = chance.randint(2, 7), chance.randint(1, 4)
+    sizes = [chance.choice([0, 1, 64, 5000, 300_000, 3_000_000]) for _ in range(chance.randint(0, 80))]
+    catalog = catalog_of(sizes, chance.randint(1, 3))
+    holders = [chance.sample(range(ranks), chance.randint(1, ranks)) for _ in range(places)]
+    readers = Readers(np.array([chance.randrange(places) for _ in sizes], np.int64), [sorted(some) for some in holders])
+    asked = [
+        {row for row, place in enumerate(readers.place) if rank not in holders[place] and chance.random() < 0.7}
+        for rank in range(ranks)
+    ]
+    nodes = [chance.randint(0, 2) for _ in range(ranks)]
+    rows = [np.array(sorted(mine), np.int64) for mine in asked]
+    load = np.array([chance.randint(0, 10**7) for _ in range(ranks)])
+    schedule = make_schedule(catalog, rows, nodes, 4_000_000, readers, load)
+    units = [unit for units in schedule.rounds for unit in units]
+    shared = [row for unit in units for row in unit.rows]
+    assert sorted(shared) == sorted(row for row in set().union(*asked) if catalog.raw[row])
+    assert not any(map(len, schedule.alone))
+    for unit in units:
+        assert unit.reader not in unit.wanting
+        for row in unit.rows:
+            assert unit.reader in holders[readers.place[row]]
+            assert {rank for rank, mine in enumerate(asked) if row in mine} == set(unit.wanting)
+        for node, place in unit.places.items():
+            assert place.decoder == unit.reader or place.decoder in unit.wanting
+            assert schedule.nodes[place.decoder] == node
+            assert schedule.staged(unit, node) or [r for r in unit.wanting if nodes[r] == node] == [place.decoder]
+        assert {schedule.nodes[rank] for rank in unit.wanting} == set(unit.places)
+    for of_round in schedule.rounds:
+        busy = Counter[int]()
+        for unit in of_round:
+            for rank in {unit.reader, *(place.decoder for place in unit.places.values())}:
+                busy[rank] += unit.size
+        assert max(busy.values()) <= max(4_000_000, *(unit.size for unit in of_round))
 
 
 def test_reading_is_shared_out_evenly_and_neighbours_stay_together() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptd.plan.exchange import Exchange, plan_exchange
+from ckptd.plan.exchange import Exchange, Readers, plan_exchange
 
 
 def rows(*numbers: int) -> np.ndarray:
@@ -144,3 +144,103 @@ def test_nobody_wants_anything() -> None:
     exchange = plan_exchange(np.ones(3, np.int64), [rows(), rows()])
     assert exchange.reader.tolist() == [-1, -1, -1]
     assert not any(map(len, (exchange.reads(1), *exchange.sends(0), *exchange.receives(1))))
+
+
+# --- where not every rank can read everything
+
+
+@st.composite
+def parted_questions(draw: st.DrawFn) -> tuple[np.ndarray, list[np.ndarray], list[int], Readers, np.ndarray]:
+    """As `questions`, with rows in places that lie on some nodes, and bytes that ranks read besides."""
+    raw, wanted, nodes = draw(questions().filter(lambda question: question[2] is not None))
+    assert nodes is not None
+    places = draw(st.integers(1, 4))
+    of_row = np.array([draw(st.integers(0, places - 1)) for _ in raw], np.int64)
+    present = sorted(set(nodes))
+    held = [draw(st.sets(st.sampled_from(present), min_size=1)) for _ in range(places)]
+    ranks = [[rank for rank, node in enumerate(nodes) if node in some] for some in held]
+    load = np.array([draw(st.sampled_from([0, 7, 2**41])) for _ in wanted], np.int64)
+    return raw, wanted, nodes, Readers(of_row, ranks), load
+
+
+@settings(max_examples=300, deadline=None)
+@given(parted_questions())
+def test_each_wanted_row_is_read_where_it_can_be(
+    question: tuple[np.ndarray, list[np.ndarray], list[int], Readers, np.ndarray],
+) -> None:
+    raw, wanted, nodes, readers, load = question
+    exchange = plan_exchange(raw, wanted, nodes, readers=readers, load=load)
+    again = plan_exchange(raw, wanted, nodes, readers=readers, load=load)
+    assert np.array_equal(exchange.reader, again.reader)
+    everything = sorted({row for some in wanted for row in some.tolist()})
+    assert np.flatnonzero(exchange.reader >= 0).tolist() == everything
+    for row in everything:
+        assert exchange.reader[row] in readers.ranks[readers.place[row]]
+    for rank, some in enumerate(wanted):
+        received, sources = exchange.receives(rank)
+        assert received.tolist() == [row for row in some.tolist() if exchange.reader[row] != rank]
+        assert sources.tolist() == exchange.reader[received].tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 4), min_size=2, max_size=5), st.integers(0, 2**32 - 1), st.booleans(), st.integers(1, 30)
+)
+def test_ranks_of_a_node_share_what_it_has(sizes: list[int], seed: int, loaded: bool, each: int) -> None:
+    """Nodes of different sizes, each with rows of its own that all others want: whoever reads any has not much more to
+    do than the idlest rank of its node."""
+    random = np.random.default_rng(seed)
+    nodes = np.repeat(np.arange(len(sizes)), sizes)
+    count = each * len(sizes) * 5
+    place = np.sort(random.integers(0, len(sizes), count))
+    raw = random.integers(1, 2**20, count)
+    wanted = [np.flatnonzero(place != node) for node in nodes]
+    load = random.integers(0, 2**22 if loaded else 1, len(nodes))
+    ranks = [np.flatnonzero(nodes == node) for node in range(len(sizes))]
+    exchange = plan_exchange(raw, wanted, nodes, readers=Readers(place, ranks), load=load)
+    added = np.array(loads(exchange, raw))
+    done = load + added
+    for its in ranks:
+        busiest = max((int(done[rank]) for rank in its if added[rank]), default=0)
+        assert busiest <= 1.02 * int(done[its].min()) + int(raw.max(initial=0))
+
+
+def test_what_two_nodes_hold_is_read_by_the_one_that_has_less_to_do() -> None:
+    raw = np.full(300, 8)
+    everything = np.arange(300)
+    readers = Readers(np.repeat([0, 1], [100, 200]), [[0, 1], [0, 1, 2, 3]])
+    exchange = plan_exchange(raw, [*[everything[:0]] * 4, everything], [0, 0, 1, 1, 2], readers=readers)
+    assert loads(exchange, raw) == [75 * 8] * 4 + [0]
+    busy = np.array([0, 0, 10**9, 0, 0])
+    exchange = plan_exchange(raw, [*[everything[:0]] * 4, everything], [0, 0, 1, 1, 2], readers=readers, load=busy)
+    assert loads(exchange, raw) == [100 * 8, 100 * 8, 0, 100 * 8, 0]
+
+
+def test_islands_are_levelled_apart() -> None:
+    """What one node has to read is no reason for the ranks of another not to share their own evenly."""
+    raw = np.full(1000, 4)
+    readers = Readers(np.repeat([0, 1], [900, 100]), [[0, 1], [2, 3]])
+    load = np.array([0, 0, 4 * 500, 4 * 460])
+    exchange = plan_exchange(raw, [np.arange(1000)] * 4, [0, 0, 1, 1], readers=readers, load=load)
+    assert loads(exchange, raw) == [1800, 1800, 4 * 30, 4 * 70]
+
+
+def test_a_million_rows_on_many_nodes() -> None:
+    """Memory and work are linear in rows: one place after the other on 128 nodes of 8 ranks, all of it wanted twice."""
+    rows, nodes = 10**6, 128
+    place = np.arange(rows) * (nodes * 8) // rows
+    ranks = [np.arange(slot // 8 * 8, slot // 8 * 8 + 8) for slot in range(nodes * 8)]
+    shards = np.array_split(np.arange(rows), nodes * 4)
+    wanted = [shards[(rank + 40) % len(shards)] for rank in range(nodes * 8)]
+    raw = np.full(rows, 1000)
+    exchange = plan_exchange(raw, wanted, np.arange(nodes * 8) // 8, readers=Readers(place, ranks))
+    assert (exchange.reader // 8 == place // 8).all()
+    found = np.array(loads(exchange, raw))
+    assert found.max() <= 1.02 * found.mean()
+
+
+def test_a_row_that_nobody_can_read() -> None:
+    readers = Readers(np.array([0, 1, 1]), [[0], []])
+    with pytest.raises(ValueError, match="row 2: no rank can read it"):
+        plan_exchange(np.ones(3, np.int64), [rows(0, 2)], readers=readers)
+    assert plan_exchange(np.ones(3, np.int64), [rows(0)], readers=readers).reader.tolist() == [0, -1, -1]
