@@ -220,6 +220,11 @@ class Striping:
         stripe = self._member(node)
         yield from self._rows(stripe)
 
+    def encoding_of(self, node: int, start: int, stop: int) -> Row:
+        """A part of what a node encodes: [start, stop) of its stripe, which ends with the stripe."""
+        stripe = self._member(node)
+        return self._row(stripe, start, min(stop, self.length(stripe)))
+
     def shares(self, node: int) -> Iterator[Row]:
         """The rows of which a node pulls its parity from the encoder: in turns over the stripes, so that no encoder is
         asked for everything at once."""
@@ -285,11 +290,14 @@ class Striping:
         return Source(position, self.node_at(stripe, position), base + start, size)
 
     def _rows(self, stripe: int) -> Iterator[Row]:
-        k, n, length = self.group.data_count, len(self.group.nodes), self.length(stripe)
+        length = self.length(stripe)
         for start in range(0, length, self.row_bytes):
-            stop = min(start + self.row_bytes, length)
-            places = tuple(self._source(stripe, position, start, stop) for position in range(n))
-            yield Row(stripe, start, stop - start, self.node_at(stripe, k), places[:k], places[k:])
+            yield self._row(stripe, start, min(start + self.row_bytes, length))
+
+    def _row(self, stripe: int, start: int, stop: int) -> Row:
+        k, n = self.group.data_count, len(self.group.nodes)
+        places = tuple(self._source(stripe, position, start, stop) for position in range(n))
+        return Row(stripe, start, stop - start, self.node_at(stripe, k), places[:k], places[k:])
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(segment, start and stop inside it) of a range of a string, cut at the boundaries of rows."""

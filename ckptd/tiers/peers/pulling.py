@@ -77,15 +77,26 @@ class Peers:
         cancellation: Cancellation | None = None,
     ) -> None:
         """Does all pulls, or raises the first error. The deadline is for each call, as in `Peer.pull`."""
-        stop = Cancellation()  # not the caller's: a failure ends these pulls and no others
-        work = [(self[pull.node], pull) for pull in interleave(pulls)]
-        failures: list[Exception] = []
+        failure = self.try_pull(pulls, deadline_s=deadline_s, cancellation=cancellation)
+        if failure is not None:
+            raise failure[1]
 
-        def one(peer: Peer, pull: Pull) -> None:
+    def try_pull(
+        self,
+        pulls: Sequence[Pull],
+        *,
+        deadline_s: float | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> tuple[Pull, Exception] | None:
+        """Does all pulls; or the first error, and the pull (or the part of one) that it was."""
+        stop = Cancellation()  # not the caller's: a failure ends these pulls and no others
+        failures: list[tuple[Pull, Exception]] = []
+
+        def one(pull: Pull) -> None:
             if failures:
                 return
             try:
-                peer.pull(
+                self[pull.node].pull(
                     pull.snapshot,
                     pull.what,
                     pull.offset,
@@ -95,13 +106,12 @@ class Peers:
                     cancellation=stop,
                 )
             except Exception as error:
-                failures.append(error)
+                failures.append((pull, error))
                 stop.cancel()
 
         with contextlib.nullcontext() if cancellation is None else cancellation.stopping(stop.cancel):
-            concurrent.futures.wait([self._threads.submit(one, peer, pull) for peer, pull in work])
-        if failures:
-            raise failures[0]
+            concurrent.futures.wait([self._threads.submit(one, pull) for pull in interleave(pulls)])
+        return failures[0] if failures else None
 
     def close(self) -> None:
         """Waits for pulls in progress and closes all connections."""
