@@ -25,10 +25,11 @@ PIECES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """A change or sync about to be made."""
+    """A change or sync about to be made, by a node."""
 
     kind: str
     path: Path
+    node: int = 0
 
 
 class File:
@@ -171,7 +172,7 @@ class SimulatedDisk:
         self.directory(path[:-1]).change(self.node, (path[-1], None))
 
     def _do(self, kind: str, path: Path, act: Callable[[], None]) -> None:
-        operation = Operation(kind, path)
+        operation = Operation(kind, path, self.node)
         if self.before(operation):
             act()
         self.after(operation)

@@ -1,5 +1,9 @@
 """The daemon's side of stores: epoch records, and flushing: a sealed snapshot in memory becomes a committed checkpoint,
-in a thread that yields to training.
+in threads that yield to training.
+
+Flushing has two halves: each node of a job writes what its ranks captured (`write`), then one of them, the root,
+commits what all have written (`commit`). A job on one node does both. Either can be repeated at any time, by this
+process or the next one, and costs little once it has succeeded.
 
 Reads slots by descriptor and verifies each chunk's checksum on the way, so that what is stored is what was captured.
 """
@@ -10,12 +14,16 @@ import contextlib
 import ctypes
 import os
 import threading
+from collections.abc import Callable, Iterator, Sequence
 
-from ckptd.core.errors import CkptdError, StoreError
-from ckptd.core.types import SnapshotId
+from ckptd.core.catalog import ALL_RANKS, Catalog
+from ckptd.core.config import node_name
+from ckptd.core.errors import CkptdError, NotFoundError, StoreError
+from ckptd.core.types import Epoch, SnapshotId
+from ckptd.plan.share import Read, known_alone, object_rows, tie_equal
 from ckptd.protocol.actions import StartFlush, WriteRecord
-from ckptd.tiers.arena import SnapshotReader
-from ckptd.tiers.store import Store
+from ckptd.tiers.arena import Slot, SnapshotReader
+from ckptd.tiers.store import Store, joint
 from ckptd.tiers.store.names import parse_checkpoint
 
 NICE = 10
@@ -34,28 +42,38 @@ class Progress:
         """JSON-able."""
         return {"step": self.snapshot.step, "done_bytes": self.done_bytes, "total_bytes": self.total_bytes}
 
-    def add(self, size: int) -> None:
-        """`size` more bytes were read."""
-        with self._lock:
-            self.done_bytes += size
+    def counting(self, read: Read) -> Read:
+        """`read`, counted."""
+
+        def counted(row: int, into: memoryview) -> None:
+            read(row, into)
+            with self._lock:
+                self.done_bytes += len(into)
+
+        return counted
 
 
 class Stores:
     """The stores of one daemon, each opened once: a Store remembers what is in doubt after a failed fsync. Methods that
     write run on worker threads."""
 
-    def __init__(self, job: str) -> None:
+    def __init__(self, job: str, node: str | None = None) -> None:
         self.progress: Progress | None = None
         self._job = job
+        self._node = node or node_name()
         self._opened: dict[str, Store] = {}
         self._untidy: set[str] = set()
         self._complaints: list[str] = []
-        self._cancelled = threading.Event()
+        self._leaving = threading.Event()
+        self._cancelled: set[SnapshotId] = set()
         self._recording = threading.Lock()
 
-    def cancel(self) -> None:
-        """Whatever flush runs is given up."""
-        self._cancelled.set()
+    def cancel(self, snapshot: SnapshotId | None = None) -> None:
+        """The writing of `snapshot` that runs is given up; without one, all that runs and all that will."""
+        if snapshot is None:
+            self._leaving.set()
+        else:
+            self._cancelled.add(snapshot)
 
     def complaints(self) -> list[str]:
         """What went wrong after checkpoints were committed, told once."""
@@ -73,62 +91,124 @@ class Stores:
         self._untidy.add(action.store)
 
     def flush(self, reader: SnapshotReader, action: StartFlush) -> None:
-        """Commits the snapshot of `reader`, then prunes. A step that is committed already is left as it is. Raises
-        StoreError, CorruptionError; a failure to prune is a complaint, for the checkpoint exists."""
-        yield_to_training()
-        self.progress = progress = Progress(action.snapshot)
+        """Both halves, on a job's only node."""
         try:
-            store = self._open(action.store)
-            if action.store in self._untidy:
-                self._tidy(action.store)
-            if not store.committed(action.snapshot):
-                self._write(reader, store, action, progress)
-            if action.keep is not None:
-                self._prune(store, action)
+            self._write(action.snapshot, action.store, lambda: reader, 0, 1)
+            self.commit(action.snapshot, action.store, 1, action.keep)
+        except BaseException:
+            with contextlib.suppress(Exception):  # what is in doubt is refused, and stays
+                self._opened[action.store].abandon(action.snapshot)
+            raise
+
+    def write(self, snapshot: SnapshotId, store: str, slots: Sequence[Slot], part: int, parts: int) -> None:
+        """Writes what the ranks of this node, number `part` of `parts`, have captured, from their slots, which it takes
+        over; what is there already is left as it is. Raises StoreError, CorruptionError; what was begun is removed."""
+        with contextlib.ExitStack() as held:
+            for slot in slots:
+                held.callback(slot.close)
+            self._write(snapshot, store, lambda: SnapshotReader(snapshot, slots), part, parts)
+
+    def commit(
+        self, snapshot: SnapshotId, store: str, parts: int, keep: int | None = None, epoch: Epoch | None = None
+    ) -> bool:
+        """On the root, once all have written: puts COMMIT, then prunes to `keep`. False where it was there already.
+
+        StoreError, with nothing committed, where what was written is not a whole checkpoint, or a newer epoch than
+        `epoch`, this root's, has begun. A failure to prune is a complaint, for the checkpoint exists.
+        """
+        yield_to_training()
+        opened = self._open(store)
+
+        def still() -> None:
+            newest = max((record.epoch for record in opened.records()), default=epoch)
+            if epoch is not None and newest is not None and newest > epoch:
+                raise StoreError(f"{opened.uri}: epoch {newest} has begun; {epoch} commits nothing any more")
+
+        fresh = not opened.committed(snapshot)
+        if fresh:
+            with self._untidy_if_failing(store):
+                joint.commit(opened, snapshot, self._job, parts, still)
+        self._tolerate(store, "what was written in vain could not be removed", lambda: opened.sweep(snapshot))
+        if keep is not None:
+            self._tolerate(store, "older checkpoints could not be removed", lambda: opened.prune(keep))
+        return fresh
+
+    def _write(
+        self, snapshot: SnapshotId, store: str, reader: Callable[[], SnapshotReader], part: int, parts: int
+    ) -> None:
+        yield_to_training()
+        self._cancelled.discard(snapshot)
+        self.progress = progress = Progress(snapshot)
+        try:
+            opened = self._open(store, create=part == 0)
+            if part == 0 and store in self._untidy:
+                self._tidy(store, snapshot)
+            writer = joint.NodeWriter(opened, snapshot, self._job, self._node, part, parts)
+            if writer.is_done():
+                return
+            given = _contribution(reader(), alone=parts == 1)
+            progress.total_bytes = int(given.rows.raw.sum() + given.own.raw.sum())
+            given = given._replace(read=progress.counting(given.read), read_own=progress.counting(given.read_own))
+            with self._untidy_if_failing(store):
+                writer.write(given, threads=_workers(), cancelled=lambda: self._is_cancelled(snapshot))
         finally:
             self.progress = None
 
-    def _write(self, reader: SnapshotReader, store: Store, action: StartFlush, progress: Progress) -> None:
-        catalog = reader.catalog()
-        progress.total_bytes = int(catalog.raw.sum())
+    def _is_cancelled(self, snapshot: SnapshotId) -> bool:
+        return self._leaving.is_set() or snapshot in self._cancelled
 
-        def read(row: int, into: memoryview) -> None:
-            reader.read(row, into)
-            progress.add(len(into))
-
-        writer = store.writer(action.snapshot, self._job)
-        try:
-            part = writer.part(0).write(catalog, read, threads=_workers(), cancelled=self._cancelled.is_set)
-            writer.commit([part], reader.objects())
-        except BaseException:
-            self._untidy.add(action.store)
-            with contextlib.suppress(Exception):
-                writer.abort()
-            raise
-
-    def _open(self, uri: str) -> Store:
+    def _open(self, uri: str, create: bool = True) -> Store:
+        """`create`: the root's alone; on another node a store that is not there is not the job's."""
         if uri not in self._opened:
-            self._opened[uri] = Store.open(uri, create=True)
+            try:
+                self._opened[uri] = Store.open(uri, create=create)
+            except NotFoundError as error:
+                raise StoreError(f"{error}, on node {self._node}") from None
             self._untidy.add(uri)
         return self._opened[uri]
 
-    def _prune(self, store: Store, action: StartFlush) -> None:
-        assert action.keep is not None
+    @contextlib.contextmanager
+    def _untidy_if_failing(self, uri: str) -> Iterator[None]:
         try:
-            store.prune(action.keep)
-        except CkptdError as error:
-            self._untidy.add(action.store)
-            self._complaints.append(f"older checkpoints could not be removed: {error}")
+            yield
+        except BaseException:
+            self._untidy.add(uri)
+            raise
 
-    def _tidy(self, uri: str) -> None:
-        """Removes what interrupted flushes of this job have left, while none runs."""
+    def _tolerate(self, uri: str, problem: str, work: Callable[[], object]) -> None:
+        """Nothing is lost if this fails; it is told, and tried again."""
         try:
+            work()
+        except CkptdError as error:
+            self._untidy.add(uri)
+            self._complaints.append(f"{problem}: {error}")
+
+    def _tidy(self, uri: str, writing: SnapshotId) -> None:
+        """Removes what interrupted flushes of this job have left, while none but `writing` runs."""
+
+        def clean() -> None:
             with self._recording:  # a record under way looks like a leftover
                 store = self._opened[uri]
-                store.clean(_foreign(store))
                 self._untidy.discard(uri)
-        except CkptdError as error:
-            self._complaints.append(f"leftovers of interrupted flushes could not be removed: {error}")
+                store.clean(_foreign(store) | {writing})
+
+        self._tolerate(uri, "leftovers of interrupted flushes could not be removed", clean)
+
+
+def _contribution(reader: SnapshotReader, *, alone: bool) -> joint.Contribution:
+    """What is stored of the ranks of one node. If it is `alone`, there is nothing to be compared with other nodes."""
+    if alone:
+        return joint.Contribution(
+            reader.ranks, reader.catalog(), reader.read, joint.EMPTY, reader.read, {reader.ranks[0]: reader.objects()}
+        )
+    every = reader.rows_of_ranks()
+    generators, objects = known_alone(reader.objects_of_ranks())
+    rows, content = object_rows(generators, writer=reader.ranks[-1] + 1)
+    shared = Catalog.merge([every.select(every.rank == ALL_RANKS), rows])
+    own = tie_equal(every.select(every.rank != ALL_RANKS))
+    return joint.Contribution(
+        reader.ranks, shared, reader.reading(shared, content), own, reader.reading(own, b""), objects
+    )
 
 
 def _foreign(store: Store) -> set[SnapshotId]:

@@ -23,7 +23,7 @@ from ckptd.core.box import cut_boxes, padded
 from ckptd.core.catalog import ALL_RANKS, Catalog, TensorInfo
 from ckptd.core.errors import ConfigError
 from ckptd.core.types import itemsize
-from ckptd.plan import cover
+from ckptd.plan import cover, whole
 
 Ints = npt.NDArray[np.int64]
 
@@ -253,17 +253,10 @@ def _check_coverage(held: _Held, shared: _Shared) -> None:
     gaps = []
     for number in np.flatnonzero(~tiled).tolist():
         span = slice(int(begin[number]), int(begin[number + 1]))
-        region = np.zeros_like(shape[number]), shape[number]
-        if ((low[span] == region[0]) & (high[span] == region[1])).all(axis=1).any():
-            continue
-        gap = cover.hole(*region, low[span], high[span])
-        if gap is None:
-            _, (left, end) = cover.disjoint(*region, low[span], high[span])
-            gap = (left[0], end[0]) if len(left) else None
+        gap = whole.gap(np.zeros_like(shape[number]), shape[number], low[span], high[span])
         if gap is not None:
             info = held.infos[asked[number]]
-            bounds = zip(*(end[: len(info.shape)] for end in gap), strict=True)
-            gaps.append(f"{info.key} {list(info.shape)}: elements [{', '.join(f'{lo}:{hi}' for lo, hi in bounds)}]")
+            gaps.append(f"{info.key} {list(info.shape)}: elements {whole.spoken(gap, len(info.shape))}")
     if gaps:
         raise ConfigError("no rank holds some elements of the state:\n" + _listed(gaps))
 

@@ -9,6 +9,11 @@ Owns one rule, used by a synchronous save and by the flush of a snapshot alike, 
 
 Own values mean something only to the same number of ranks. In another world every rank takes the shared ones, and the
 generators of rank 0, with an object at ANOTHER_WORLD that says so: whoever sets generators derives one for each rank.
+
+Where several nodes write one checkpoint, none knows what the ranks of the others hold. What is known beforehand
+(`known_alone`) each writes for good; what depends on the others is written apart, equal values of a node's ranks once
+(`tie_equal`), and what is then stored in vain is left out by who has heard of all (`share_stored`).
+
 Groups of optimizers (`.../param_groups`) are found by the names in them: a rank gets all that differ, those of other
 ranks at `<path>@<rank>`. Pure; values are bytes whose content is not looked into.
 """
@@ -107,6 +112,52 @@ def _lowest(own: Sequence[Mapping[tuple[str, int], tuple[Rows, bytes]]]) -> dict
         for (key, rank), (_, checksums) in tensors.items():
             lowest[key] = min(lowest.get(key, (rank, checksums)), (rank, checksums))
     return lowest
+
+
+def share_stored(catalogs: Sequence[Catalog]) -> list[Catalog]:
+    """As `share_rows`, of rows that are stored already, one catalog for each writer: one that stores nothing that is
+    needed becomes empty, and of others every place that is taken keeps a row."""
+    found = []
+    for stored, needed in zip(catalogs, share_rows(catalogs), strict=True):
+        if len(needed):
+            uncovered = np.flatnonzero((stored.raw > 0) & ~_among(_places(stored), _places(needed)))
+            if len(uncovered):
+                _, first = np.unique(_places(stored)[uncovered], axis=0, return_index=True)
+                needed = Catalog.merge([needed, stored.select(np.sort(uncovered[first]))])
+        found.append(needed)
+    return found
+
+
+def tie_equal(catalog: Catalog) -> Catalog:
+    """The rows of ranks whose tensors equal those of the lowest rank here, at the places of that rank's."""
+    columns = {name: getattr(catalog, name).copy() for name in ("writer", "file", "file_offset")}
+    first: dict[tuple[str, bytes], Rows] = {}
+    for (key, _), (rows, checksums) in _own_tensors(catalog).items():
+        boxes = catalog.offsets[rows].tobytes() + catalog.sizes[rows].tobytes()
+        origin = first.setdefault((key, checksums + boxes), rows)
+        for column in columns.values():
+            column[rows] = column[origin]
+    return catalog.replaced(**columns)
+
+
+def known_alone(
+    objects: Mapping[int, Mapping[str, bytes]],
+) -> tuple[dict[tuple[str, int], bytes], dict[int, dict[str, bytes]]]:
+    """Objects by rank, apart: what is each rank's own whatever others hold, as in `share_objects`; and all else."""
+    own = {(p, rank): v for rank, values in objects.items() for p, v in values.items() if p.startswith(RNG_PREFIX)}
+    rest = {rank: {p: v for p, v in values.items() if (p, rank) not in own} for rank, values in objects.items()}
+    return own, rest
+
+
+def _places(catalog: Catalog) -> npt.NDArray[np.int64]:
+    return np.stack([catalog.writer, catalog.file, catalog.file_offset], axis=1).astype(np.int64)
+
+
+def _among(wanted: npt.NDArray[np.int64], known: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of the wanted places are known."""
+    _, number = np.unique(np.concatenate([known, wanted]), axis=0, return_inverse=True)
+    number = number.reshape(-1)
+    return np.isin(number[len(known) :], number[: len(known)])
 
 
 def _own_tensors(catalog: Catalog) -> dict[tuple[str, int], tuple[Rows, bytes]]:

@@ -35,7 +35,7 @@ from ckptd.core.native import address_of, crc32c, populate
 from ckptd.core.types import SnapshotId
 from ckptd.format.objects import unpack_table
 from ckptd.format.table import decode_table, encode_table
-from ckptd.plan.share import OBJECTS_FILE, object_rows, share_objects, share_rows
+from ckptd.plan.share import OBJECTS_FILE, Read, object_rows, share_objects, share_rows
 from ckptd.tiers.memory import is_sealed, sealed_memory
 
 PAGE = 4096
@@ -322,9 +322,10 @@ class Slot:
 
 
 class SnapshotReader:
-    """A snapshot in memory as a tier: the slots of all ranks of one node, read by descriptor.
+    """A snapshot in memory as a tier: the slots of ranks of one node, read by descriptor.
 
-    It looks like a stored checkpoint: what ranks have in common appears once (plan/share.py).
+    It looks like a stored checkpoint: what these ranks have in common appears once (plan/share.py). Where other nodes
+    hold more ranks, that is for whoever knows of all to say: `rows_of_ranks` and `objects_of_ranks` leave it open.
     """
 
     def __init__(self, snapshot: SnapshotId, slots: Sequence[Slot]) -> None:
@@ -338,35 +339,59 @@ class SnapshotReader:
             raise
 
     def _read_tables(self) -> None:
-        ranks = sorted(self._slots)
-        if not ranks:
+        if not self._slots:
             raise CorruptionError(f"{self.snapshot}: its memory is lost")
-        for rank in ranks:
+        for rank in self.ranks:
             if self._slots[rank].state().snapshot != self.snapshot:
                 raise CorruptionError(f"slot of rank {rank}: holds no whole {self.snapshot}")
-        self._shared, own = share_objects([self._slots[rank].objects() for rank in ranks])
-        rows, self._own_objects = object_rows(own, writer=len(ranks))
-        self._catalog = Catalog.merge([*share_rows([self._slots[rank].catalog() for rank in ranks]), rows])
+        self._tables = [self._slots[rank].catalog() for rank in self.ranks]
+        self._objects = {rank: self._slots[rank].objects() for rank in self.ranks}
+        self._shared, own = share_objects(list(self._objects.values()))
+        own = {(path, self.ranks[position]): value for (path, position), value in own.items()}
+        rows, content = object_rows(own, writer=self.ranks[-1] + 1)
+        self._catalog = Catalog.merge([*share_rows(self._tables), rows])
+        self._read = self.reading(self._catalog, content)
+
+    @property
+    def ranks(self) -> list[int]:
+        """Whose slots these are, rising."""
+        return sorted(self._slots)
 
     def catalog(self) -> Catalog:
         """All chunks of the snapshot; `writer` is the rank that captured each."""
         return self._catalog
 
     def objects(self) -> dict[str, bytes]:
-        """path -> encoded object, as rank 0 has it; a rank's own are tensors of the catalog."""
+        """path -> encoded object, as the lowest rank has it; another rank's own are tensors of the catalog."""
         return self._shared
 
     def read(self, row: int, into: memoryview) -> None:
         """The raw bytes of one row of `catalog()`, verified. Raises CorruptionError naming the tensor."""
-        catalog = self._catalog
-        offset, crc = int(catalog.file_offset[row]), int(catalog.crc[row])
-        try:
-            if catalog.file[row] == OBJECTS_FILE:
-                into[:] = self._own_objects[offset : offset + len(into)]
-            else:
-                self._slots[int(catalog.writer[row])].read(offset, crc, into, int(catalog.file[row]))
-        except CorruptionError as error:
-            raise CorruptionError(f"{catalog.tensors[catalog.tensor[row]].key} in {self.snapshot}: {error}") from None
+        self._read(row, into)
+
+    def rows_of_ranks(self) -> Catalog:
+        """All chunks as captured: `rank` says whose own value each is, of those that not all ranks have alike."""
+        return Catalog.merge(self._tables)
+
+    def objects_of_ranks(self) -> dict[int, dict[str, bytes]]:
+        """rank -> path -> encoded object, as each has it."""
+        return self._objects
+
+    def reading(self, catalog: Catalog, objects: bytes) -> Read:
+        """`read` for the rows of another catalog, made of these chunks and of rows of `objects` (`object_rows`)."""
+
+        def read(row: int, into: memoryview) -> None:
+            offset, crc = int(catalog.file_offset[row]), int(catalog.crc[row])
+            try:
+                if catalog.file[row] == OBJECTS_FILE:
+                    into[:] = objects[offset : offset + len(into)]
+                else:
+                    self._slots[int(catalog.writer[row])].read(offset, crc, into, int(catalog.file[row]))
+            except CorruptionError as error:
+                key = catalog.tensors[catalog.tensor[row]].key
+                raise CorruptionError(f"{key} in {self.snapshot}: {error}") from None
+
+        return read
 
     @property
     def captured_at(self) -> float:

@@ -46,7 +46,7 @@ def victim(tmp_path: Path) -> Path:
 
 def load(directory: Path) -> None:
     """Everything a loader does."""
-    with StoredCheckpoint(Store.open(directory.parent)._back_end, directory.name) as stored:
+    with StoredCheckpoint(Store.open(directory.parent).back_end, directory.name) as stored:
         for encoded in stored.objects().values():
             objects.decode(encoded)
         catalog = stored.catalog()

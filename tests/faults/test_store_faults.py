@@ -90,7 +90,7 @@ def test_commit_in_doubt(lab: Lab, expected: Callable[..., str]) -> None:
     """The fsync that makes COMMIT's name durable fails: this daemon never says that the step is durable, nor writes
     it again; later steps are."""
     point = "ckptd.tiers.store.posix:PosixDisk.sync_directory"
-    doubtful = Fault(point, "EIO", match=r"\('step-[^']*',\)", call=2, process="daemon")
+    doubtful = Fault(point, "EIO", match=r"\('step-[^']*',\)", call=3, process="daemon")
     run = lab.start(faults={"doubt": doubtful, "hold": Fault("step", "hold", call=18)})
     lab.fires("doubt")
     lab.holds("hold")

@@ -38,4 +38,4 @@ def every_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 @pytest.fixture
 def back_end(every_store: Store) -> BackEnd:
     """Its back end."""
-    return every_store._back_end
+    return every_store.back_end

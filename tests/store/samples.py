@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from ckptd.core import native
@@ -10,6 +12,7 @@ from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.format import objects
 from ckptd.tiers.store import Part, Store, StoredCheckpoint
+from ckptd.tiers.store.joint import Contribution, NodeWriter, commit
 
 JOB = "a job"
 Tensors = dict[str, tuple[str, np.ndarray]]
@@ -106,6 +109,58 @@ def write(store: Store, name: SnapshotId, held: Tensors, *, writers: int = 1, th
         memory = Memory(share, writer=number)
         parts.append(writer.part(number).write(memory.catalog, memory.read, threads=threads))
     writer.commit(parts, shared_objects(name.step))
+
+
+OWN = "buffers/table"
+
+
+def alike(node: int) -> Tensors:
+    """What every rank has of its own, the same on all."""
+    return {OWN: ("int16", np.arange(600, dtype=np.int16))}
+
+
+def staged(node: int) -> Tensors:
+    """Something more that no other rank has."""
+    return alike(node) | {f"buffers/stage{node}": ("uint8", np.arange(node + 5, dtype=np.uint8))}
+
+
+Own = Callable[[int], Tensors]
+
+
+def contributions(name: SnapshotId, held: Tensors, nodes: int, own: Own = alike) -> list[Contribution]:
+    """What each of `nodes` nodes, of one rank each, has of a snapshot: its share of the tensors, and its own; an object
+    that all have alike, and one that differs."""
+    found = []
+    for node, share in enumerate(split(held, nodes)):
+        rows = Memory(share, writer=node)
+        mine = Memory(own(node), writer=node, ranks=dict.fromkeys(own(node), node))
+        values = shared_objects(name.step) | {"loader": objects.encode(["position", node])}
+        found.append(Contribution([node], rows.catalog, rows.read, mine.catalog, mine.read, {node: values}))
+    return found
+
+
+def jointly(held: Tensors, nodes: int, own: Own = alike) -> Tensors:
+    """What is then in the checkpoint."""
+    found = dict(held)
+    for node in range(nodes):
+        found |= own(node)
+        value = np.frombuffer(objects.encode(["position", node]), np.uint8)
+        found |= {f"objects/loader@{node}": ("uint8", value)} if node else {}
+    return found
+
+
+def write_jointly(
+    stores: Sequence[Store], name: SnapshotId, held: Tensors, *, own: Own = alike, root: Store | None = None
+) -> None:
+    """Every node writes, through a store of its own, unless it has done so; then the root commits."""
+    root = root or stores[0]
+    for number, (store, given) in enumerate(zip(stores, contributions(name, held, len(stores), own), strict=True)):
+        writer = NodeWriter(store, name, JOB, f"node-{number}", number, len(stores))
+        if not writer.is_done():
+            writer.write(given, threads=1, cancelled=lambda: False)
+    if not root.committed(name):
+        commit(root, name, JOB, len(stores))
+    root.sweep(name)
 
 
 def read(checkpoint: StoredCheckpoint) -> Tensors:

@@ -25,7 +25,7 @@ def test_a_checkpoint_is_written_found_and_read(store: Store) -> None:
     assert store.committed(identity(3))
     with store.reader(identity(3)) as stored:
         assert (stored.id, stored.job, stored.name) == (identity(3), JOB, checkpoint(identity(3)))
-        assert stored.location == store._back_end.describe((stored.name,))
+        assert stored.location == store.back_end.describe((stored.name,))
         assert equal(read(stored), tensors())
         assert stored.objects() == shared_objects(3)
         assert stored.verify(threads=2) == []
@@ -67,7 +67,7 @@ def test_aborted_and_cancelled_attempts_leave_nothing(store: Store) -> None:
 def test_parts_of_other_nodes(store: Store) -> None:
     first, second = Memory({"x": tensors()["model/weight"]}), Memory({"y": tensors()["model/noise"]}, writer=4)
     root = store.writer(identity(1), JOB)
-    joined = Store(store._back_end, store.uri).writer(identity(1), JOB, joined=True)
+    joined = Store(store.back_end, store.uri).writer(identity(1), JOB, joined=True)
     sent = msgspec.msgpack.encode(joined.part(4).write(second.catalog, second.read))
     joined.abort()
     root.commit([msgspec.msgpack.decode(sent, type=Part), root.part(0).write(first.catalog, first.read)], {})
@@ -89,7 +89,7 @@ def test_records_lineage_and_pruning(store: Store) -> None:
     store.remove(identity(3, 2))
     store.remove(identity(3, 2))
     assert store.checkpoints() == [identity(4, 2)]
-    assert {entry.name for entry in store._back_end.list(())} == {"epochs", checkpoint(identity(4, 2))}
+    assert {entry.name for entry in store.back_end.list(())} == {"epochs", checkpoint(identity(4, 2))}
 
 
 def test_clean_takes_leftovers_alone(store: Store) -> None:
@@ -104,7 +104,7 @@ def test_clean_takes_leftovers_alone(store: Store) -> None:
 
 def test_tokens_show_that_two_nodes_see_one_store(store: Store) -> None:
     nonce = "0123456789abcdef"
-    other = Store(store._back_end, store.uri)
+    other = Store(store.back_end, store.uri)
     assert not other.has_token(nonce)
     store.leave_token(nonce)
     assert other.has_token(nonce)
@@ -117,9 +117,9 @@ def test_tokens_show_that_two_nodes_see_one_store(store: Store) -> None:
 def test_what_commit_lists_and_is_not_there_is_corruption(store: Store, damage: str) -> None:
     write(store, identity(1), tensors())
     path = data_file(checkpoint(identity(1)), 0, 0)
-    store._back_end.discard(path)
+    store.back_end.discard(path)
     if damage == "shortened":
-        store._back_end.write(path, b"short")
+        store.back_end.write(path, b"short")
     with pytest.raises(CorruptionError, match="w00000-00000"):
         store.reader(identity(1)).catalog()
     assert any("w00000-00000" in problem for problem in store.reader(identity(1)).verify())

@@ -184,7 +184,7 @@ def test_a_process_killed_while_it_uploads(s3: S3Server) -> None:
     store = Store.open(uri)
     assert store.checkpoints() == []
     assert [name for name, _ in store.broken()] == [checkpoint(identity(1)), checkpoint(identity(2))]
-    assert store._back_end.open(data_file(checkpoint(identity(1)), 0, 0)).size == 3 * 2**20
+    assert store.back_end.open(data_file(checkpoint(identity(1)), 0, 0)).size == 3 * 2**20
     memory = large()
     attempt = store.writer(identity(1), JOB)
     attempt.commit([attempt.part(0).write(memory.catalog, memory.read)], {})
@@ -199,10 +199,10 @@ def test_a_stream_given_up_half_way_publishes_a_short_object_that_nobody_sees(s3
     attempt = store.writer(identity(1), JOB)
     with pytest.raises(StoreError, match="cancelled"):
         attempt.part(0).write(memory.catalog, memory.read, cancelled=lambda: memory.reads >= 9)
-    assert 0 < store._back_end.open(data_file(checkpoint(identity(1)), 0, 0)).size < 16 * 2**20
+    assert 0 < store.back_end.open(data_file(checkpoint(identity(1)), 0, 0)).size < 16 * 2**20
     assert store.checkpoints() == []
     attempt.abort()
-    assert store._back_end.list(()) == []
+    assert store.back_end.list(()) == []
 
 
 def test_a_server_that_dies_is_named_and_waited_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ The only writer of checkpoints. `Store` says which exist; `CheckpointWriter` and
 
 from ckptd.format.commit import Commit, Part
 from ckptd.tiers.store.reader import StoredCheckpoint
-from ckptd.tiers.store.store import Store, is_checkpoint, open_checkpoint
+from ckptd.tiers.store.store import Store, is_checkpoint, not_shared, open_checkpoint, sees_token
 from ckptd.tiers.store.writer import CheckpointWriter, PartWriter
 
 __all__ = [
@@ -17,5 +17,7 @@ __all__ = [
     "Store",
     "StoredCheckpoint",
     "is_checkpoint",
+    "not_shared",
     "open_checkpoint",
+    "sees_token",
 ]

@@ -48,7 +48,7 @@ class InputFile(Protocol):
 
     @property
     def modified(self) -> float:
-        """When it was last written, in seconds since 1970: for people, never for decisions."""
+        """When it was last written, in seconds since 1970, 0 if nobody knows: by a clock that may be wrong by hours."""
 
     def read_into(self, offset: int, into: memoryview) -> None:
         """Fills `into`; a file that ends before is a CorruptionError."""
@@ -91,6 +91,10 @@ class BackEnd(Readable, Protocol):
         """What gives a small file its name, with its whole contents from that moment on, replacing one that exists.
         Everything that can fail before is done when this returns, under the name `temporary` where there are late
         names. If what is returned fails, the file may or may not be there."""
+
+    def confirm(self, path: Path, temporary: Path, data: bytes) -> None:
+        """Makes durable a small file with these contents that got its name from somebody who may not have seen that it
+        will keep it. To sync again what has failed once would prove nothing, so it gets its name anew."""
 
     def settle(self, path: Path) -> None:
         """Makes the names in a directory durable: before, its files may be gone after a crash, synced or not. A failure

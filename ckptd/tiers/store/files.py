@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
-from ckptd.core.errors import FormatError, NotFoundError
+from ckptd.core.errors import FormatError, NotFoundError, StoreError
 from ckptd.tiers.store.backend import Entry, InputFile, OutputFile, Path, Readable
 from ckptd.tiers.store.disk import Disk
 
@@ -27,9 +27,11 @@ class FileBackEnd:
         return self._disk.describe(path)
 
     def make_directory(self, path: Path, *, exist_ok: bool = False) -> None:
-        if exist_ok and any(e.name == path[-1] and e.is_directory for e in self._disk.list_directory(path[:-1])):
-            return
-        self._disk.make_directory(path)
+        try:
+            self._disk.make_directory(path)
+        except StoreError:  # another node may have been faster
+            if not exist_ok or Entry(path[-1], True) not in self._disk.list_directory(path[:-1]):
+                raise
 
     def create(self, path: Path) -> OutputFile:
         return self._disk.create(path, large=True)
@@ -40,6 +42,11 @@ class FileBackEnd:
     def prepare(self, path: Path, temporary: Path, data: bytes) -> Callable[[], None]:
         write_file(self._disk, temporary, data)
         return lambda: self._disk.rename(temporary, path)
+
+    def confirm(self, path: Path, temporary: Path, data: bytes) -> None:
+        self.discard(temporary)
+        self.prepare(path, temporary, data)()
+        self.settle(path[:-1])
 
     def settle(self, path: Path) -> None:
         self._disk.sync_directory(path)

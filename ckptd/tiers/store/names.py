@@ -15,10 +15,13 @@ COMMIT_TEMPORARY = "COMMIT.tmp"
 OBJECTS = "objects.msgpack"
 MANIFEST = "manifest.parquet"
 DATA = "data"
+WRITTEN = "written"
 EPOCHS = "epochs"
 
 _CHECKPOINT = re.compile(r"step-([0-9]{8,18})\.([0-9]{1,18})-([0-9a-f]{16})")
 _EPOCH = re.compile(r"([0-9]{1,18})-([0-9a-f]{16})")
+_WRITER = re.compile(r"w([0-9]{5,6})(?:\.parquet|-[0-9]{5,7}\.ckd)")
+_TOKEN = re.compile(r"\.token-[0-9a-f]{16}")
 
 
 def checkpoint(identity: SnapshotId) -> str:
@@ -54,6 +57,19 @@ def parse_record(name: str) -> Epoch | None:
     return epoch if str(epoch) == name else None
 
 
+def token(nonce: str) -> Path:
+    """The file by which nodes recognise the same store; `nonce` is 16 hex digits."""
+    name = f".token-{nonce}"
+    if not is_token(name):
+        raise ValueError(f"token {nonce!r}: expected 16 hex digits")
+    return (name,)
+
+
+def is_token(name: str) -> bool:
+    """Whether a file in the store is such a token."""
+    return _TOKEN.fullmatch(name) is not None
+
+
 def manifest_part(directory: str, writer: int) -> Path:
     """A writer's manifest part."""
     return (directory, MANIFEST, f"w{writer:05d}.parquet")
@@ -62,3 +78,19 @@ def manifest_part(directory: str, writer: int) -> Path:
 def data_file(directory: str, writer: int, file: int) -> Path:
     """One data file."""
     return (directory, DATA, f"w{writer:05d}-{file:05d}.ckd")
+
+
+def lists(directory: str) -> Path:
+    """The lists of what each node has written, until it is committed."""
+    return (directory, WRITTEN)
+
+
+def folders(directory: str) -> tuple[Path, ...]:
+    """The directories in that of a checkpoint which several nodes write."""
+    return (directory, DATA), (directory, MANIFEST), lists(directory)
+
+
+def writer_of(path: Path) -> int | None:
+    """The writer of a manifest part or data file; None for names that are not ours."""
+    match = _WRITER.fullmatch(path[-1])
+    return None if match is None else int(match[1])

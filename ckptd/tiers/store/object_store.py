@@ -98,6 +98,9 @@ class ObjectBackEnd:
 
         return put
 
+    def confirm(self, path: Path, temporary: Path, data: bytes) -> None:
+        """Nothing: an object that is seen is durable, and putting it again might cut it short."""
+
     def settle(self, path: Path) -> None:
         """Nothing: an object is durable with its name."""
 

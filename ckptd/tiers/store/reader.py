@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -22,14 +21,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptd.core import native
-from ckptd.core.catalog import ALL_RANKS, RAW, Catalog
+from ckptd.core.catalog import RAW, Catalog
 from ckptd.core.errors import CkptdError, CorruptionError, FormatError, NotFoundError
-from ckptd.core.types import SnapshotId, itemsize
+from ckptd.core.types import SnapshotId
 from ckptd.format.chunk import decode_chunk
 from ckptd.format.commit import MAX_COMMIT_BYTES, Commit, Part, decode_commit
 from ckptd.format.layout import check_layout
 from ckptd.format.manifest import from_parquet
 from ckptd.format.objects import MAX_OBJECTS_BYTES, unpack_table
+from ckptd.plan.whole import missing
 from ckptd.tiers.store import names
 from ckptd.tiers.store.backend import BackEnd, InputFile, Path, for_each
 from ckptd.tiers.store.files import read_file
@@ -59,6 +59,12 @@ def read_commit(back_end: BackEnd, directory: str) -> Commit:
     return commit
 
 
+def has_length(back_end: BackEnd, path: Path, length: int) -> bool:
+    """Whether a file has this length; NotFoundError if it is not there."""
+    with contextlib.closing(back_end.open(path)) as file:
+        return file.size == length
+
+
 class _Metadata(msgspec.Struct, array_like=True):
     """What is read before any chunk, as it is stored: the objects, and the parts of the manifest in COMMIT's order."""
 
@@ -67,12 +73,14 @@ class _Metadata(msgspec.Struct, array_like=True):
 
 
 class StoredCheckpoint:
-    """A committed checkpoint. Keeps data files open; a context manager, or closed when it is no longer used."""
+    """A committed checkpoint. Keeps data files open; a context manager, or closed when it is no longer used.
 
-    def __init__(self, back_end: BackEnd, directory: str) -> None:
+    `commit`: a COMMIT that is about to be put, to see whether all that it names is there."""
+
+    def __init__(self, back_end: BackEnd, directory: str, commit: Commit | None = None) -> None:
         self._back_end = back_end
         self._directory = directory
-        self.commit = read_commit(back_end, directory)
+        self.commit = read_commit(back_end, directory) if commit is None else commit
         self._catalog: Catalog | None = None
         self._given: dict[Path, bytes] = {}
         self._lengths_known = False
@@ -281,6 +289,12 @@ class StoredCheckpoint:
         path = names.manifest_part(self._directory, part.writer)
         return self._listed(path, part.size, part.sha256, MAX_PART_BYTES)
 
+    def part(self, part: Part) -> Catalog:
+        """The chunks of one part, parsed; the lengths of its files are checked as well."""
+        for number in range(len(part.data)):
+            self._check_length(part, number)
+        return self._part(part)
+
     def _part(self, part: Part) -> Catalog:
         return self._parsed(part, self._manifest(part))
 
@@ -364,7 +378,7 @@ class _Verification:
         for part in self._checkpoint.commit.parts:
             self._verify_part(part)
         if not self._problems:
-            self._attempt(lambda: self._problems.extend(_incomplete(self._checkpoint.catalog())))
+            self._attempt(lambda: self._problems.extend(missing(self._checkpoint.catalog())))
         self._done = self._total
         self._advance(0)
         return self._problems
@@ -408,15 +422,3 @@ class _Verification:
             except CkptdError as error:
                 problems.append(str(error))
         return problems
-
-
-def _incomplete(catalog: Catalog) -> list[str]:
-    """Tensors whose rows for all ranks hold fewer bytes than the shape; those of single ranks alone are no matter."""
-    shared = catalog.rank == ALL_RANKS
-    held = np.bincount(catalog.tensor[shared], catalog.raw[shared], len(catalog.tensors))
-    listed = np.bincount(catalog.tensor[shared], minlength=len(catalog.tensors))
-    return [
-        f"tensor {info.key!r}: its chunks hold {int(held[i])} of {math.prod(info.shape) * itemsize(info.dtype)} bytes"
-        for i, info in enumerate(catalog.tensors)
-        if listed[i] and held[i] < math.prod(info.shape) * itemsize(info.dtype)
-    ]

@@ -23,13 +23,11 @@ from ckptd.core.errors import CkptdError, FormatError, NotFoundError, StoreError
 from ckptd.core.types import SnapshotId
 from ckptd.format.commit import Part
 from ckptd.tiers.store import names
-from ckptd.tiers.store.backend import Path
 from ckptd.tiers.store.files import read_file
+from ckptd.tiers.store.journal import Journal
+from ckptd.tiers.store.reader import has_length
 from ckptd.tiers.store.store import Store
-from ckptd.tiers.store.writer import CheckpointWriter
-
-_MAX_ENTRY_BYTES = 64 * 1024 * 1024
-_SEAL_BYTES = 64
+from ckptd.tiers.store.writer import CheckpointWriter, discard_files, discard_unfinished, files_of
 
 
 class ResumableWriter:
@@ -37,10 +35,11 @@ class ResumableWriter:
 
     def __init__(self, store: Store, identity: SnapshotId, job: str) -> None:
         self._store = store
-        self._back_end = store._back_end
+        self._back_end = store.back_end
         self._identity = identity
-        self._journal = (f".unfinished-{identity.epoch.nonce}",)
-        self._back_end.make_directory(self._journal, exist_ok=True)
+        self._directory = names.checkpoint(identity)
+        self._journal = _journal(store, identity.epoch.nonce)
+        self._journal.create()
         self.finished: dict[int, Part] = {}
         self._lock = self._locked()
         try:
@@ -59,16 +58,12 @@ class ResumableWriter:
 
     def record(self, part: Part) -> None:
         """Notes that a part, which is durable, need not be written again."""
-        body = msgspec.json.encode(part)
-        entry = self._entry(part.writer)
-        self._back_end.discard(entry)
-        self._back_end.write(entry, body + hashlib.sha256(body).hexdigest().encode())
-        self._back_end.settle(self._journal)
+        self._journal.put(part.writer, msgspec.msgpack.encode(part))
         self.finished[part.writer] = part
 
     def forget(self) -> None:
         """Removes the journal: the checkpoint is committed, or will not be."""
-        self._back_end.remove_tree(self._journal)
+        self._journal.remove()
 
     def abandon(self) -> None:
         """Removes everything that was written."""
@@ -83,7 +78,7 @@ class ResumableWriter:
 
     def _locked(self) -> int:
         """A descriptor that holds the lock; -1 where the store has none."""
-        path = os.path.join(self._store.uri, *self._journal)
+        path = os.path.join(self._store.uri, *self._journal.path)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
@@ -96,52 +91,28 @@ class ResumableWriter:
                 raise StoreError(f"{path}: another process is writing this checkpoint now; wait for it") from None
         return descriptor
 
-    def _entry(self, writer: int) -> Path:
-        return (*self._journal, f"w{writer:05d}")
-
     def _whole_parts(self) -> dict[int, Part]:
         """The parts in the journal whose files are there, of the right length; nothing if there is no checkpoint."""
         found: dict[int, Part] = {}
-        try:
-            entries = self._back_end.list(self._journal)
-        except NotFoundError:
-            return found  # where directories are parts of names, there is none without files
-        for name, _ in entries:
+        for number in self._journal.numbers():
             with contextlib.suppress(CkptdError, msgspec.MsgspecError):
-                data = read_file(self._back_end, (*self._journal, name), _MAX_ENTRY_BYTES)
-                body, seal = data[:-_SEAL_BYTES], data[-_SEAL_BYTES:]
-                part = msgspec.json.decode(body, type=Part)
-                sealed = hashlib.sha256(body).hexdigest().encode() == seal
-                if sealed and self._entry(part.writer)[-1] == name and self._is_whole(part):
-                    found[part.writer] = part
+                part = msgspec.msgpack.decode(self._journal.get(number) or b"", type=Part)
+                if part.writer == number and self._is_whole(part):
+                    found[number] = part
         return found
 
     def _is_whole(self, part: Part) -> bool:
         """Whether the files of a part are as it says; what its bytes are is checked when they are read."""
-        directory = names.checkpoint(self._identity)
-        manifest = read_file(self._back_end, names.manifest_part(directory, part.writer), part.size)
-        if hashlib.sha256(manifest).hexdigest() != part.sha256:
+        manifest, *data = files_of(self._directory, part)
+        if hashlib.sha256(read_file(self._back_end, manifest, part.size)).hexdigest() != part.sha256:
             return False
-        for number, length in enumerate(part.data):
-            with contextlib.closing(self._back_end.open(names.data_file(directory, part.writer, number))) as file:
-                if file.size != length:
-                    return False
-        return True
+        return all(has_length(self._back_end, path, size) for path, size in zip(data, part.data, strict=True))
 
     def _discard_rest(self) -> None:
         """Removes what is not of a finished part, so that all of it is written anew."""
-        directory = names.checkpoint(self._identity)
-        kept = {names.manifest_part(directory, part.writer) for part in self.finished.values()}
-        kept |= {
-            names.data_file(directory, part.writer, number)
-            for part in self.finished.values()
-            for number in range(len(part.data))
-        }
-        for path in ((directory,), (directory, names.DATA), (directory, names.MANIFEST)):
-            with contextlib.suppress(NotFoundError):  # an object store has no directory without an object
-                for name, is_directory in self._back_end.list(path):
-                    if not is_directory and (*path, name) not in kept:
-                        self._back_end.discard((*path, name))
+        kept = {path for part in self.finished.values() for path in files_of(self._directory, part)}
+        discard_files(self._back_end, self._directory, lambda path: path not in kept)
+        discard_unfinished(self._back_end, self._directory)
 
 
 @contextlib.contextmanager
@@ -180,4 +151,8 @@ def find_by_nonce(store: Store, nonce: str) -> tuple[SnapshotId | None, bool]:
 def discard_journal(store: Store, nonce: str) -> None:
     """Removes the journal of a checkpoint that is committed; of a process that was killed right after."""
     with contextlib.suppress(NotFoundError, FormatError):
-        store._back_end.remove_tree((f".unfinished-{nonce}",))
+        _journal(store, nonce).remove()
+
+
+def _journal(store: Store, nonce: str) -> Journal:
+    return Journal(store.back_end, (f".unfinished-{nonce}",))

@@ -15,31 +15,31 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptd.core.catalog import Catalog
-from ckptd.core.errors import StoreError
+from ckptd.core.errors import NotFoundError, StoreError
 from ckptd.core.types import SnapshotId
 from ckptd.format.commit import Commit, ObjectsFile, Part, encode_commit
 from ckptd.format.layout import FILE_BYTES, LARGE_ALIGNMENT, aligned
 from ckptd.format.manifest import to_parquet
 from ckptd.format.objects import pack_table
 from ckptd.tiers.store import names
-from ckptd.tiers.store.backend import BackEnd, OutputFile
+from ckptd.tiers.store.backend import BackEnd, OutputFile, Path, for_each
 from ckptd.tiers.store.pipeline import Read, encoded_rows
 
 _PADDING = bytes(LARGE_ALIGNMENT)
 
 
 class CheckpointWriter:
-    """One attempt at one checkpoint, made by `Store.writer`. `in_doubt` is called if COMMIT may or may not exist;
-    `joined`: another process created the directory, commits, and cleans up."""
+    """One attempt at one checkpoint, made by `Store.writer`. `ended` is told of the COMMIT: True, it is durable; False,
+    it may or may not be. `joined`: another process created the directory, commits, and cleans up."""
 
     def __init__(
-        self, back_end: BackEnd, identity: SnapshotId, job: str, in_doubt: Callable[[], None], joined: bool = False
+        self, back_end: BackEnd, identity: SnapshotId, job: str, ended: Callable[[bool], None], joined: bool = False
     ) -> None:
         self.id = identity
         self._back_end = back_end
         self._job = job
         self._directory = names.checkpoint(identity)
-        self._in_doubt = in_doubt
+        self._tell = ended
         self._joined = joined
         self._committing = False
         self._ended: str | None = None
@@ -72,9 +72,10 @@ class CheckpointWriter:
                 publish()
                 self._back_end.settle(directory)
             except BaseException:
-                self._in_doubt()
+                self._tell(False)
                 raise
             self._ended = "it is committed"
+            self._tell(True)
 
     def abort(self) -> None:
         """Removes what was written, unless COMMIT was reached: then all must stay as it is."""
@@ -117,6 +118,16 @@ class PartWriter:
         `read(row, into)` fills `into` with a row's raw bytes; it is called on `threads` threads. Rows that share a
         place are stored once. Raises StoreError (disk, cancelled) and CorruptionError (checksum of what was read).
         """
+        part = self.write_manifest(*self.write_data(catalog, read, threads=threads, cancelled=cancelled))
+        with self._attempt():
+            settle_files(self._back_end, self._directory)
+        return part
+
+    def write_data(
+        self, catalog: Catalog, read: Read, *, threads: int = 1, cancelled: Callable[[], bool] = lambda: False
+    ) -> tuple[Catalog, list[int]]:
+        """The first half of `write`: the data files, durable after `settle_files`. For `write_manifest`: the rows with
+        the places that they have now, and the lengths of the files."""
         with self._attempt():
             chosen, owner = _without_ties(catalog)
             data = _DataFiles(self._back_end, self._directory, self._writer)
@@ -134,19 +145,42 @@ class PartWriter:
                 if written != len(chosen):
                     raise StoreError(f"{self._back_end.describe((self._directory,))}: writing was cancelled")
                 data.finish()
-            placed = catalog.replaced(
-                writer=np.full(len(catalog), self._writer), **{name: value[owner] for name, value in columns.items()}
-            )
-            return self._write_manifest(placed, data.lengths)
+            places = {name: value[owner] for name, value in columns.items()}
+            return catalog.replaced(writer=np.full(len(catalog), self._writer), **places), data.lengths
 
-    def _write_manifest(self, catalog: Catalog, lengths: list[int]) -> Part:
-        if lengths:
-            self._back_end.settle((self._directory, names.DATA))
-        manifest = to_parquet(catalog)
-        path = names.manifest_part(self._directory, self._writer)
-        self._back_end.write(path, manifest)
-        self._back_end.settle(path[:-1])
-        return Part(self._writer, len(catalog), len(manifest), hashlib.sha256(manifest).hexdigest(), lengths)
+    def write_manifest(self, catalog: Catalog, lengths: list[int]) -> Part:
+        """The second half: lists rows in data files of these lengths. Durable after `settle_files`."""
+        with self._attempt():
+            manifest = to_parquet(catalog)
+            self._back_end.write(names.manifest_part(self._directory, self._writer), manifest)
+            return Part(self._writer, len(catalog), len(manifest), hashlib.sha256(manifest).hexdigest(), lengths)
+
+
+def discard_unfinished(back_end: BackEnd, directory: str) -> None:
+    """Removes what an earlier attempt to commit has left, so that there can be another one."""
+    found = {entry.name for entry in back_end.list((directory,))}
+    for name in found & {names.OBJECTS, names.COMMIT_TEMPORARY}:
+        back_end.discard((directory, name))
+
+
+def settle_files(back_end: BackEnd, directory: str) -> None:
+    """Makes the names of a checkpoint's data files and manifest parts durable."""
+    for folder in (names.DATA, names.MANIFEST):
+        back_end.settle((directory, folder))
+
+
+def files_of(directory: str, part: Part) -> list[Path]:
+    """All files of one part."""
+    data = [names.data_file(directory, part.writer, number) for number in range(len(part.data))]
+    return [names.manifest_part(directory, part.writer), *data]
+
+
+def discard_files(back_end: BackEnd, directory: str, unwanted: Callable[[Path], bool]) -> None:
+    """Removes the manifest parts and data files of a checkpoint that are `unwanted`."""
+    for folder in (names.MANIFEST, names.DATA):
+        with contextlib.suppress(NotFoundError):  # an object store has no directory without an object
+            paths = [(directory, folder, entry.name) for entry in back_end.list((directory, folder))]
+            for_each(back_end, back_end.discard, [p for p in paths if names.writer_of(p) is not None and unwanted(p)])
 
 
 class _DataFiles:
