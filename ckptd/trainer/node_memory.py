@@ -23,7 +23,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptd.core.catalog import ALL_RANKS, Catalog
-from ckptd.core.errors import CkptdError, CorruptionError, FormatError, NotFoundError, UnrecoverableError
+from ckptd.core.errors import (
+    CkptdError,
+    CorruptionError,
+    DeadlineError,
+    FormatError,
+    NotFoundError,
+    UnrecoverableError,
+)
 from ckptd.core.native import address_of, copy_bytes
 from ckptd.core.types import SnapshotId
 from ckptd.format.table import decode_table, encode_table
@@ -243,12 +250,15 @@ class NodeMemory:
 
 def _agreed(surveys: Sequence[_Survey], nodes: Sequence[int], world: int, snapshot: SnapshotId) -> list[_Found]:
     """The slots by rank; every rank concludes the same, or raises the same error."""
+    holding: dict[tuple[int, int], list[int]] = {}
+    for reader, survey in enumerate(surveys):
+        for rank in survey.held:
+            holding.setdefault((nodes[reader], rank), []).append(reader)
     copies: dict[int, list[_Found]] = {}
     for speaker, survey in enumerate(surveys):
         for description in survey.described:
             node, rank = nodes[speaker], description.rank
-            readers = [other for other, its in enumerate(surveys) if nodes[other] == node and rank in its.held]
-            copies.setdefault(rank, []).append(_Found(speaker, node, readers, description))
+            copies.setdefault(rank, []).append(_Found(speaker, node, holding[node, rank], description))
     _check_complete(list(copies), world, snapshot)
     return [_one(copies[rank]) for rank in range(world)]
 
@@ -326,12 +336,13 @@ def _told(group: Group, found: Sequence[_Found], contents: Mapping[int, bytes]) 
         elif slot.speaker == group.rank:
             sent.append(Message(0, rank, memoryview(bytearray(contents[rank]))))
 
-    def gather() -> bytes:
-        group.swap([], received)
-        return bytes(whole)
-
-    group.swap(sent, [])
-    return memoryview(group.from_first(gather))
+    lost: DeadlineError | None = None
+    try:
+        group.swap(sent, received)
+    except DeadlineError as error:  # those that have nothing to send hear of it now, not while they wait for rank 0
+        lost = error
+    group.agree(lost).result()
+    return memoryview(group.from_first(lambda: bytes(whole)))
 
 
 def _parts(data: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import random
 import signal
@@ -28,10 +29,10 @@ from ckptd.format.objects import pack_table
 from ckptd.plan.save import Piece, place, plan_save
 from ckptd.plan.share import with_aliases
 from ckptd.tiers.arena import Slot, SnapshotReader, layout
-from ckptd.trainer import collective, exchange
+from ckptd.trainer import collective, exchange, node_memory
 from ckptd.trainer.copying import CopyJobs
 from ckptd.trainer.frozen import Frozen
-from ckptd.trainer.node_memory import open_memory
+from ckptd.trainer.node_memory import NodeMemory, open_memory
 from ckptd.trainer.restoring import restore_state
 from ckptd.trainer.saving import pieces_of
 from ckptd.trainer.state import AppState
@@ -52,10 +53,11 @@ _kept: list[Slot] = []
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-    """The node of each rank, and of which former ranks each node holds the slots."""
+    """The node of each rank, of which former ranks each node holds the slots, and which of these are copies."""
 
     of_rank: list[int]
     slots: dict[int, list[int]]
+    copies: dict[tuple[int, int], Former] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,13 +207,28 @@ def capture(kind: str, freeze: bool = False) -> tuple[Former, list[float]]:
     return (os.getpid(), slot.descriptors), draw(state)
 
 
-def damage(offset: str) -> None:
-    """One byte of the slot captured last: of its "data", its "table" or its "objects"."""
-    slot = _kept[-1]
-    geometry = slot.geometry
-    start = {"data": geometry.data_offset, "table": geometry.table_offset, "objects": geometry.objects_offset}[offset]
-    (byte,) = os.pread(slot.descriptor, 1, start + 30)
-    os.pwrite(slot.descriptor, bytes([byte ^ 1]), start + 30)
+def offset_of(part: str) -> int:
+    """Where a byte is of the "data", "table" or "objects" of the slot captured last."""
+    geometry = _kept[-1].geometry
+    starts = {"data": geometry.data_offset, "table": geometry.table_offset, "objects": geometry.objects_offset}
+    return starts[part] + 30
+
+
+def copy_of(former: Former, offset: int | None = None) -> Former:
+    """The slot of another process copied into this one, as a rebuild would; one byte of it changed at `offset`."""
+    process, descriptors = former
+    made = []
+    for number, descriptor in enumerate(descriptors):
+        with open(f"/proc/{process}/fd/{descriptor}", "rb") as file:
+            content = bytearray(file.read())
+        if offset is not None and number == 0:
+            content[offset] ^= 1
+        copied = os.memfd_create("copy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.write(copied, content)
+        fcntl.fcntl(copied, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        made.append(copied)
+    _kept.append(Slot.open(*made))
+    return os.getpid(), made
 
 
 def let_go() -> None:
@@ -265,10 +282,12 @@ def on_node(nodes: Nodes, apart: bool) -> Iterator[None]:
 
 
 def slots_here(former: list[Former], nodes: Nodes) -> list[Slot]:
-    """What the daemon of this rank's node would hand it."""
+    """What the daemon of this rank's node would hand it: copies of its own where it has some."""
+    node = nodes.of_rank[dist.get_rank()]
+    found = [nodes.copies.get((node, rank), former[rank]) for rank in nodes.slots.get(node, [])]
     return [
-        Slot.open(*(os.open(f"/proc/{former[rank][0]}/fd/{d}", os.O_RDONLY | os.O_CLOEXEC) for d in former[rank][1]))
-        for rank in nodes.slots.get(nodes.of_rank[dist.get_rank()], [])
+        Slot.open(*(os.open(f"/proc/{process}/fd/{d}", os.O_RDONLY | os.O_CLOEXEC) for d in descriptors))
+        for process, descriptors in found
     ]
 
 
@@ -316,8 +335,12 @@ def same_as_on_one_node(former: list[Former], nodes: Nodes) -> list[str]:
     return differing
 
 
-def touched(kind: str, former: list[Former], nodes: Nodes) -> tuple[str, str, bool]:
-    """A restore that fails: type and text of the error, and whether any tensor had been written."""
+Failure = tuple[str, str, bool]
+"""Type and text of an error, and whether any tensor had been written."""
+
+
+def touched(kind: str, former: list[Former], nodes: Nodes) -> Failure:
+    """A restore that fails."""
     state = build(kind)
     scramble(state)
     try:
@@ -331,7 +354,7 @@ def touched(kind: str, former: list[Former], nodes: Nodes) -> tuple[str, str, bo
     return "", "", True
 
 
-def die_in_the_middle(kind: str, former: list[Former], nodes: Nodes) -> tuple[str, str, bool]:
+def die_in_the_middle(kind: str, former: list[Former], nodes: Nodes) -> Failure:
     """The last rank is killed in its second step of the exchange."""
     original = exchange._Run._begin
 
@@ -342,6 +365,47 @@ def die_in_the_middle(kind: str, former: list[Former], nodes: Nodes) -> tuple[st
 
     exchange._Run._begin = begin  # type: ignore[method-assign]
     return touched(kind, former, nodes)
+
+
+def die_before_telling(kind: str, former: list[Former], nodes: Nodes) -> Failure:
+    """The rank that speaks for the second node is killed when it should tell what its slots hold."""
+    original = node_memory._told
+
+    def told(*arguments: Any) -> memoryview:
+        if dist.get_rank() == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments)
+
+    node_memory._told = told
+    return touched(kind, former, nodes)
+
+
+def changed_on_the_way(what: str, former: list[Former], nodes: Nodes) -> Failure:
+    """A restore in which a byte changes on its way: of what is "told" to rank 1, or of a "chunk" that rank 2 sends."""
+    told, fetch = node_memory._told, NodeMemory.fetch
+
+    def changed_told(*arguments: Any) -> memoryview:
+        content = bytearray(told(*arguments))
+        content[len(content) * 3 // 4] ^= what == "told" and dist.get_rank() == 1
+        return memoryview(content)
+
+    def changed_fetch(self: NodeMemory, rows: list[int], stored: memoryview) -> None:
+        fetch(self, rows, stored)
+        stored[len(stored) // 2] ^= what == "chunk" and dist.get_rank() == 2
+
+    node_memory._told, NodeMemory.fetch = changed_told, changed_fetch  # type: ignore[method-assign]
+    try:
+        return touched("replicated", former, nodes)
+    finally:
+        node_memory._told, NodeMemory.fetch = told, fetch  # type: ignore[method-assign]
+
+
+def too_much_to_tell(former: list[Former], nodes: Nodes) -> Failure:
+    limit, node_memory.MAX_DESCRIPTION_BYTES = node_memory.MAX_DESCRIPTION_BYTES, 1000
+    try:
+        return touched("replicated", former, nodes)
+    finally:
+        node_memory.MAX_DESCRIPTION_BYTES = limit
 
 
 def replicated_bytes(former: list[Former]) -> int:
@@ -355,8 +419,3 @@ def replicated_bytes(former: list[Former]) -> int:
             (int(catalog.writer[row]), int(catalog.file[row]), int(catalog.file_offset[row])): row for row in rows
         }
         return int(catalog.raw[list(places.values())].sum())
-
-
-def damage_on(rank: int, part: str) -> None:
-    if dist.get_rank() == rank:
-        damage(part)

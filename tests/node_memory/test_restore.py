@@ -3,7 +3,8 @@ only what a node lacks goes to it, once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from ckptd.trainer.restoring import PARTLY_WRITTEN
 from tests.api.world import World, succeeded
 from tests.node_memory import ranks
-from tests.node_memory.ranks import Former, Nodes, Outcome
+from tests.node_memory.ranks import Failure, Former, Nodes, Outcome
 
 TWO = Nodes([0, 0, 1, 1], {0: [0, 1], 1: [2, 3]})
 
@@ -113,7 +114,7 @@ def test_all_ranks_know_what_one_node_would(worlds: dict[int, World], captured: 
 # --- failures
 
 
-def failed(answers: list[tuple[str, str, bool]], kind: str, *parts: str) -> None:
+def failed(answers: list[Failure], kind: str, *parts: str) -> None:
     """Every rank has raised the same, and it says these things."""
     assert (
         len({(error, text.partition(": ")[2] if text.startswith("rank ") else text) for error, text, _ in answers}) == 1
@@ -134,39 +135,82 @@ def test_a_slot_that_is_nowhere_is_named_before_anything_is_written(
         assert not any(written for _, _, written in answers)
 
 
-def own_capture(world: World, rank: int, part: str) -> list[Former]:
-    """A capture of its own, which is damaged on one rank."""
-    former = [answer[0] for answer in succeeded(world.run(ranks.capture, "replicated"))]
-    succeeded(world.run(ranks.damage_on, rank, part))
-    return former
+def copied(world: World, former: list[Former], rank: int, part: str | None) -> Former:
+    """A copy of the slot of `rank`, with a damaged `part`."""
+    offset = None if part is None else succeeded(world.run(ranks.offset_of, part))[rank]
+    made: Former = succeeded(world.run(ranks.copy_of, former[rank], offset))[0]
+    return made
 
 
 @pytest.mark.parametrize("part", ["table", "objects"])
-def test_a_description_that_is_damaged_is_an_error_on_every_rank(worlds: dict[int, World], part: str) -> None:
-    former = own_capture(worlds[4], 2, part)
-    answers = succeeded(worlds[4].run(ranks.touched, "replicated", former, TWO))
+def test_a_description_that_is_damaged_is_an_error_on_every_rank(
+    worlds: dict[int, World], captured: dict[str, Captured], part: str
+) -> None:
+    former, _ = captured["momentum"]
+    nodes = dataclasses.replace(TWO, copies={(1, 2): copied(worlds[4], former, 2, part)})
+    answers = succeeded(worlds[4].run(ranks.touched, "momentum", former, nodes))
     failed(answers, "CorruptionError", "node 1: slot of rank 2", part)
     assert not any(written for _, _, written in answers)
 
 
-def test_bytes_that_are_damaged_are_an_error_on_every_rank(worlds: dict[int, World]) -> None:
+def test_a_whole_copy_serves_where_another_is_damaged(worlds: dict[int, World], captured: dict[str, Captured]) -> None:
+    former, _ = captured["momentum"]
+    damaged = copied(worlds[4], former, 1, "table")
+    nodes = Nodes([0, 0, 1, 1], {0: [0, 1], 1: [1, 2, 3]}, {(0, 1): damaged})
+    outcomes = restored(worlds[4], "momentum", former, nodes)
+    assert [bool(outcome.sent) for outcome in outcomes] == [False, False, True, True], (
+        "rank 1 gets all its own from there"
+    )
+    whole = Nodes([0, 0, 1, 1], {0: [0, 1], 1: [1, 2, 3]}, {(0, 1): copied(worlds[4], former, 1, None)})
+    assert not any(outcome.sent for outcome in restored(worlds[4], "momentum", former, whole))
+
+
+def test_two_slots_of_one_rank_are_not_taken_for_one(worlds: dict[int, World], captured: dict[str, Captured]) -> None:
+    former, _ = captured["momentum"]
+    other, _ = captured["replicated"]
+    nodes = Nodes([0, 0, 1, 1], {0: [0, 1], 1: [1, 2, 3]}, {(1, 1): other[1]})
+    answers = succeeded(worlds[4].run(ranks.touched, "momentum", former, nodes))
+    failed(answers, "CorruptionError", "slot of rank 1: nodes 0 and 1 hold different ones")
+
+
+def test_bytes_that_are_damaged_are_an_error_on_every_rank(
+    worlds: dict[int, World], captured: dict[str, Captured]
+) -> None:
     """Those that read them and those that would have got them: all know that they have half a state."""
-    former = own_capture(worlds[4], 2, "data")
-    answers = succeeded(worlds[4].run(ranks.touched, "replicated", former, TWO))
-    failed(answers, "CorruptionError", "on node 1: slot of rank 2", PARTLY_WRITTEN)
-    assert all(text.count(PARTLY_WRITTEN) == 1 for _, text, _ in answers)
-    assert restored(worlds[4], "replicated", own_capture(worlds[4], -1, ""), TWO), "the group is still of use"
+    former, _ = captured["momentum"]
+    for nodes in (TWO, Nodes([1, 0, 1, 0], SLOTS["two"])):
+        damaged = dataclasses.replace(nodes, copies={(1, 2): copied(worlds[4], former, 2, "data")})
+        answers = succeeded(worlds[4].run(ranks.touched, "momentum", former, damaged))
+        failed(answers, "CorruptionError", "on node 1: slot of rank 2", PARTLY_WRITTEN)
+        assert all(text.count(PARTLY_WRITTEN) == 1 for _, text, _ in answers)
+        restored(worlds[4], "momentum", former, nodes)
 
 
+def test_bytes_that_change_between_nodes_are_found(worlds: dict[int, World], captured: dict[str, Captured]) -> None:
+    former, _ = captured["replicated"]
+    answers = succeeded(worlds[4].run(ranks.changed_on_the_way, "told", former, TWO))
+    failed(answers, "CorruptionError", "slot of rank", "on node", "arrived damaged")
+    assert not any(written for _, _, written in answers)
+    answers = succeeded(worlds[4].run(ranks.changed_on_the_way, "chunk", former, TWO))
+    failed(answers, "CorruptionError", "it changed on its way", PARTLY_WRITTEN)
+
+
+def test_what_is_told_is_bounded(worlds: dict[int, World], captured: dict[str, Captured]) -> None:
+    answers = succeeded(worlds[4].run(ranks.too_much_to_tell, captured["replicated"][0], TWO))
+    failed(answers, "FormatError", "tables and objects of 4 slots", "at most 1000")
+
+
+@pytest.mark.parametrize("how", [ranks.die_in_the_middle, ranks.die_before_telling])
 def test_a_rank_that_is_killed_ends_the_restore_of_all_others(
-    worlds: dict[int, World], captured: dict[str, Captured], tmp_path: Path
+    captured: dict[str, Captured], tmp_path: Path, how: Callable[..., Failure]
 ) -> None:
     world = World(4, tmp_path, "tests.node_memory.ranks")
     try:
-        answers = world.run(ranks.die_in_the_middle, "replicated", captured["replicated"][0], TWO)
+        answers = world.run(how, "replicated", captured["replicated"][0], TWO)
     finally:
         world.close()
-    assert isinstance(answers[3], Exception)
-    for error, text, _ in answers[:3]:
+    dead = 3 if how is ranks.die_in_the_middle else 2
+    assert isinstance(answers.pop(dead), Exception)
+    for error, text, written in answers:
         assert error == "DeadlineError", text
-        assert PARTLY_WRITTEN in text
+        assert (PARTLY_WRITTEN in text) == (dead == 3) >= written
