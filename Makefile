@@ -1,10 +1,11 @@
-# Verbs: demo, test, lint, sanitize, bench, clean. Each prepares the virtual environment first; that is slow only once.
+# Verbs: demo, test, simulate, lint, sanitize, bench, clean. Each prepares the virtual environment first; that is slow only once.
 
 PYTHON ?= python3
 # On a machine that should not fetch the CUDA build:  make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 PYTEST_FLAGS ?= -n 2 --dist loadgroup
+SIMULATE_FLAGS ?= --count 10000 --processes 2
 
 VENV := .venv
 SANITIZED := .venv-sanitized
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE := $(wildcard CMakeLists.txt csrc/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.c csrc/*.h)
 
-.PHONY: demo test lint sanitize bench clean install
+.PHONY: demo test simulate lint sanitize bench clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -21,6 +22,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# Jobs on several nodes with everything that can go wrong: three minutes on two cores.
+simulate: install
+	$(BIN)/python -m tests.simulate $(SIMULATE_FLAGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -255,6 +255,17 @@ def test_a_grant_that_comes_after_a_later_one_is_missed() -> None:
     assert (open_.snapshot.step, open_.sealed) == (9, None)
 
 
+def test_a_root_that_starts_again_grants_nothing_below_what_was_granted() -> None:
+    """It has forgotten its grants. One below another would be missed by all who heard of that, or, dead and forgotten
+    everywhere, be captured again as something else."""
+    job = Job(2, 2, 1)
+    again = MemberMachine(job.machines[0].state, POLICY)
+    again.boundary(39)
+    again.handle(m.Facts(EPOCH, 1, (), heard=1, ready=True, boundary=39, granted=41))
+    decided = [a.message for a in again.take() if isinstance(a, m.Tell) and isinstance(a.message, m.Decided)]
+    assert [verdict.snapshot.step for verdict in decided[-1].verdicts] == [42]
+
+
 # --- packets
 
 

@@ -45,18 +45,24 @@ class Node:
 
     def __init__(self, arena: str, world: Any) -> None:
         self.arena, self.world = arena, world
-        self.alive, self.stopped = True, False
+        self.alive, self.stopped, self.slow = True, False, False
         self.data: dict[SnapshotId, Bytes] = {}
         self.parity: dict[SnapshotId, Bytes] = {}
         self.parity_records: dict[SnapshotId, bytes] = {}
         self.damaged: set[tuple[SnapshotId, str]] = set()
         self.ledger = msgspec.msgpack.encode(ClusterState(arena))
+        """What the keeper holds, as of the daemon's end: what it knows changes in events only, each of which is written
+        before what follows from it."""
         self.machine: MemberMachine | None = None
         self.budget: int | None = None
         """Actions that the daemon still carries out before it is killed."""
         self.tasks: list[Task] = []
         self.trainer: Trainer | None = None
+        self._declared: SnapshotId | None = None
         self.start()
+
+    def __repr__(self) -> str:
+        return self.arena
 
     @property
     def up(self) -> bool:
@@ -81,37 +87,45 @@ class Node:
         for holding in self.machine.state.holdings:
             if holding.capturing and (self.trainer is None or not self._knows(holding.snapshot)):
                 self.machine.missed(holding.snapshot)
+        self.world.oracle.check(self)
         self._boundary()
 
     def kill(self) -> None:
         """The daemon only."""
+        if self.machine is not None:
+            self.ledger = msgspec.msgpack.encode(self.machine.state)
         self.machine, self.budget = None, None
         self.tasks.clear()
 
     def lose(self) -> None:
         """Everything on the node."""
+        if self.alive:
+            self.world.lost(self)
         self.kill()
         self.alive, self.trainer = False, None
         self.data.clear()
         self.parity.clear()
 
-    def event(self, handler: Callable[[MemberMachine], None]) -> None:
+    def event(self, handler: Callable[..., None], *arguments: object) -> None:
         """Something happens to the daemon: the state is written, then the actions are carried out."""
         if self.machine is None:
             return
         machine, epoch = self.machine, self.machine.state.epoch
-        handler(machine)
+        handler(machine, *arguments)
         if machine.state.epoch != epoch:
             self.tasks.clear()  # a Begin stops all work
         actions = machine.take()
-        self.ledger = msgspec.msgpack.encode(machine.state)
-        if machine.state.confirmed and machine.state.protected is not None:
-            self.world.oracle.declared(self, machine.state.protected)
+        declared = machine.state.protected if machine.state.confirmed else None
+        if declared != self._declared:
+            self._declared = declared
+            if declared is not None:
+                self.world.oracle.declared(self, declared)
+                self.world.declares(self)
         for action in actions:
             if self.budget is not None:
                 self.budget -= 1
                 if self.budget < 0:
-                    self.kill()
+                    self.world.dies(self)
                     return
             self._carry_out(action)
 
@@ -128,6 +142,7 @@ class Node:
                 kept = self.data if part == "data" else self.parity
                 kept.pop(snapshot, None)
                 self.damaged.discard((snapshot, part))
+                self.world.oracle.check(self)
                 stopped = (m.Rebuild, m.Write) if part == "data" else (m.Encode,)
                 self.tasks = [t for t in self.tasks if not (t.snapshot == snapshot and isinstance(t, stopped))]
             case m.Encode() | m.Rebuild() | m.Verify() | m.Write() | m.Commit():
@@ -149,8 +164,8 @@ class Node:
         trainer, self.trainer = self.trainer, None
         if trainer is not None:
             for snapshot in [*trainer.grants, *trainer.copying]:
-                self.event(lambda machine, s=snapshot: machine.missed(s))
-            self.event(lambda machine: machine.boundary(-1, able=False))
+                self.event(MemberMachine.missed, snapshot)
+            self.event(MemberMachine.boundary, -1, False)
 
     def step(self) -> None:
         """One more step is complete; a grant that is due begins to be copied, now or a step later."""
@@ -170,7 +185,7 @@ class Node:
         step = self.trainer.copying.pop(snapshot)
         holding = self.state.find(snapshot)
         if missed or holding is None or holding.sealed is False or self.state.frozen:
-            self.event(lambda machine: machine.missed(snapshot))
+            self.event(MemberMachine.missed, snapshot)
             return
         data = content(self.world.seed, snapshot, holding.string, step)
         self.data[snapshot] = data
@@ -180,27 +195,26 @@ class Node:
         ):
             raise AssertionError(f"{self.arena} holds more than {self.world.slots} snapshots")
         self.world.oracle.captured(snapshot, holding.string, step, data)
-        self.event(lambda machine: machine.captured(snapshot, step, record_of(data)))
+        self.event(MemberMachine.captured, snapshot, step, record_of(data))
 
     def _knows(self, snapshot: SnapshotId) -> bool:
         assert self.trainer is not None
         return snapshot in self.trainer.grants or snapshot in self.trainer.copying
 
     def _boundary(self) -> None:
-        trainer = self.trainer
-        if trainer is not None:
-            self.event(lambda machine: machine.boundary(trainer.step))
+        if self.trainer is not None:
+            self.event(MemberMachine.boundary, self.trainer.step)
 
     # --- work
 
-    def work(self, task: Task, fails: bool) -> None:
+    def work(self, task: Task) -> None:
         """A task comes to its end."""
         self.tasks.remove(task)
         holding = self.state.find(task.snapshot)
         if holding is None:
             return
         try:
-            if fails:
+            if self.world.fails():
                 raise UnavailableError("a fault")
             self._work(task, holding)
         except (UnavailableError, UnrecoverableError):
@@ -210,11 +224,11 @@ class Node:
         snapshot = task.snapshot
         match task:
             case m.Encode():
-                self.event(lambda machine: machine.encoding_failed(snapshot))
+                self.event(MemberMachine.encoding_failed, snapshot)
             case m.Rebuild():
-                self.event(lambda machine: machine.rebuilding_failed(snapshot))
+                self.event(MemberMachine.rebuilding_failed, snapshot)
             case m.Write() | m.Commit():
-                self.event(lambda machine: machine.flush_failed(snapshot))
+                self.event(MemberMachine.flush_failed, snapshot)
 
     def _work(self, task: Task, holding: Holding) -> None:
         snapshot = task.snapshot
@@ -223,24 +237,30 @@ class Node:
                 self._overwrite(holding)
                 self.parity[snapshot] = self._encoded(snapshot, holding)
                 self.parity_records[snapshot] = record_of(self.parity[snapshot])
-                self.damaged.discard((snapshot, "parity"))
-                self.event(lambda machine: machine.encoded(snapshot))
+                self._repaired(snapshot, "parity")
+                self.event(MemberMachine.encoded, snapshot)
             case m.Rebuild():
                 data, record = self._rebuilt(snapshot, holding)
                 self.data[snapshot] = data
-                self.damaged.discard((snapshot, "data"))
-                self.event(lambda machine: machine.rebuilt(snapshot, record))
+                self._repaired(snapshot, "data")
+                self.event(MemberMachine.rebuilt, snapshot, record)
             case m.Verify(part=part):
                 intact = self._intact(snapshot, part, holding)
-                self.event(lambda machine: machine.verified(snapshot, part, intact))
+                self.event(MemberMachine.verified, snapshot, part, intact)
             case m.Write():
                 if not self._intact(snapshot, "data", holding):
                     raise UnavailableError("damaged")
                 self.world.store.write(snapshot, holding.string, holding.shape.count, self.data[snapshot])
-                self.event(lambda machine: machine.written(snapshot))
+                self.event(MemberMachine.written, snapshot)
             case m.Commit():
                 self.world.store.commit(snapshot)
-                self.event(lambda machine: machine.committed(snapshot))
+                self.event(MemberMachine.committed, snapshot)
+
+    def _repaired(self, snapshot: SnapshotId, part: str) -> None:
+        """It is whole again. Once a newer epoch is promised that comes too late: the promise says that it is not."""
+        if not self.state.frozen:
+            self.damaged.discard((snapshot, part))
+        self.world.oracle.check(self)
 
     def _overwrite(self, holding: Holding) -> None:
         """What else lies in the parity set is gone."""

@@ -101,7 +101,7 @@ class Oracle:
         if _is_news(found, self.protected):
             self.protected = found
             self.protections[found.epoch] = self.protections.get(found.epoch, 0) + 1
-            self.check()
+            self._check_all()
 
     def _is_fenced(self, node: Node) -> bool:
         """A newer epoch has begun: this daemon's trainers end, and nobody goes by what it says."""
@@ -116,21 +116,28 @@ class Oracle:
             raise BrokenPromiseError(f"{snapshot} is announced {level}, captured at steps {steps}")
         return Announced(snapshot, membership.epoch, membership.shape, membership.arenas)
 
-    def check(self) -> None:
-        """After every event: what was announced protected is still held by whoever is left."""
-        if self.protected is None:
+    def check(self, node: Node) -> None:
+        """After each change of what a node holds: what was announced protected is still there. Of two nodes that hold
+        the same string, since one of them rebuilt it while the other was cut off, a Begin frees one."""
+        found = self.protected
+        if found is None or not node.alive or node.arena not in found.holders:
             return
-        snapshot = self.protected.snapshot
-        for string, arena in enumerate(self.protected.holders):
-            node = self.nodes.get(arena)
-            if node is None or not node.alive:
-                continue
-            has_parity = snapshot in node.parity or self.protected.shape.parity == 0
-            if snapshot not in node.data or not has_parity:
+        snapshot, string = found.snapshot, found.holders.index(node.arena)
+        if not _has_both(found, node, string):
+            heir = next((other for other in self.nodes.values() if _has_both(found, other, string)), None)
+            if heir is None:
                 raise BrokenPromiseError(f"{snapshot} is protected, and string {string} or its parity is freed")
-            intact = (snapshot, "data") not in node.damaged
-            if intact and node.data[snapshot].tobytes() != self.truth[snapshot][string][1].tobytes():
-                raise BrokenPromiseError(f"{snapshot} is protected, and string {string} is overwritten")
+            holders = (*found.holders[:string], heir.arena, *found.holders[string + 1 :])
+            self.protected, node = dataclasses.replace(found, holders=holders), heir
+        intact = (snapshot, "data") not in node.damaged
+        if intact and node.data[snapshot].tobytes() != self.truth[snapshot][string][1].tobytes():
+            raise BrokenPromiseError(f"{snapshot} is protected, and string {string} is overwritten")
+
+    def _check_all(self) -> None:
+        """What is taken for protected has changed."""
+        for arena in () if self.protected is None else self.protected.holders:
+            if arena in self.nodes:
+                self.check(self.nodes[arena])
 
     def chosen(self, epoch: Epoch, choice: Choice, promised: Collection[str]) -> None:
         """A restart has chosen its restore point from those who promised."""
@@ -165,10 +172,11 @@ class Oracle:
         if point is not None and not choice.held:
             self.protected = self.sealed = None  # what is durable needs no memory
         if kept is not None and (self.protected is None or kept > self.protected.snapshot):
-            held = {item.string: item for p in promises.values() for item in p.held if item.snapshot == kept}
-            arenas = {item.string: a for a, p in promises.items() for item in p.held if item.snapshot == kept}
-            shape = next(iter(held.values())).shape
+            held = [(arena, item) for arena, p in promises.items() for item in p.held if item.snapshot == kept]
+            arenas = {item.string: arena for arena, item in held if item.data and item.parity}
+            shape = held[0][1].shape
             self.protected = Announced(kept, kept.epoch, shape, tuple(arenas.get(n, "") for n in range(shape.count)))
+        self._check_all()
 
     def _losses_are_covered(self, found: Announced, promised: Collection[str]) -> bool:
         if live([found.snapshot], self.store.records)[:1] != [found.snapshot]:
@@ -231,6 +239,14 @@ class Oracle:
             raise BrokenPromiseError(f"string {string} of {point} cannot be decoded: {error}") from error
         if found.tobytes() != self.truth[point][string][1].tobytes():
             raise BrokenPromiseError(f"string {string} of {point} is decoded wrongly")
+
+
+def _has_both(found: Announced, node: Node, string: int) -> bool:
+    """The node holds that string of a snapshot, and its parities."""
+    holding = node.state.find(found.snapshot) if node.alive else None
+    if holding is None or holding.string != string or found.snapshot not in node.data:
+        return False
+    return found.snapshot in node.parity or found.shape.parity == 0
 
 
 def _is_news(found: Announced, known: Announced | None) -> bool:

@@ -8,32 +8,57 @@ After the last fault the job must protect again; then as many nodes as promised 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ckptd.core.types import SnapshotId
 from ckptd.plan.stripe import plan_groups
 from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.epoch import Launch
 from ckptd.protocol.cluster.facts import Shape
-from tests.simulate.node import Node, Task
+from ckptd.protocol.cluster.member import MemberMachine
+from tests.simulate.node import Node
 from tests.simulate.oracle import BrokenPromiseError, Oracle, Store
 
-TURNS = 500
-FINAL_TURNS = 16_000
-Event = Callable[[], None]
-LAYOUTS = ((1, "none"), (2, "1+1"), (3, "2+1"), (3, "1+2"), (4, "2+2"), (4, "1+1"), (5, "auto"), (6, "2+1"))
+FINAL_TURNS = 6_000
+PATIENCE = 600
+"""Turns after which the job is started again where something is damaged."""
+LAYOUTS = ((1, "none"), (2, "1+1"), (3, "2+1"), (3, "1+2"), (4, "2+2"), (4, "3+1"), (4, "1+1"), (5, "auto"), (6, "2+1"))
+MOST_STARTS = 60
+THROUGH_BYTES = 0.1
+"""How many messages are encoded and decoded on their way."""
+MOST_TRIES = 1000
+LIVELY = 1.0
+"""Weight of a node at which something can happen next. Where less can, nothing happens now and then."""
+
+
+class Chance(NamedTuple):
+    """Something that may happen next."""
+
+    weight: float
+    act: Callable[..., object]
+    arguments: tuple[Any, ...] = ()
+
+    def __str__(self) -> str:
+        owner = getattr(self.act, "__self__", None)
+        named = [owner] if isinstance(owner, Node) else []
+        words = [getattr(word, "__name__", word) for word in (*named, self.act, *self.arguments)]
+        return " ".join(str(word).strip("_") for word in words)
 
 
 class Start:
     """A start of the job: its launch, and how far it has come (`stage`: asking, recording, beginning, running)."""
 
-    def __init__(self, number: int, launch: Launch, stored_choice: bool) -> None:
+    def __init__(self, number: int, launch: Launch) -> None:
         self.number, self.launch = number, launch
         self.name = f"launch {number}"
         self.stage = "asking"
+        self.said = ""
+        """The stage of which everybody has been told at least once."""
         self.ended = False
-        self.stored_choice = stored_choice
+
+    def __repr__(self) -> str:
+        return f"{self.name} {self.stage}"
 
 
 class Simulation:
@@ -46,29 +71,38 @@ class Simulation:
         self.count, self.redundancy = self.random.choice(LAYOUTS)
         self.slots = self.random.choice((2, 3, 4))
         self.fan_out = self.random.choice((1, 2, 16))
-        self.danger = self.random.choice((0.01, 0.02, 0.05))
+        self.danger = self.random.choice((0.01, 0.03, 0.08))
         self.loss = self.random.choice((0.0, 0.05, 0.2))
+        self.turns = self.random.choice((50, 100, 200, 400))
+        """How many of them with faults."""
+        self.warm = self.random.random() < 0.6
+        """Whether the first fault comes after something is protected."""
         self.elastic = self.random.random() < 0.25
         """Whether the job comes back on more or fewer nodes."""
-        self.faults = True
+        self.faults = False
         self.nodes: dict[str, Node] = {}
+        self.living: list[Node] = []
         self.store = Store()
         self.oracle = Oracle(self.nodes, self.store)
         self.starts: list[Start] = []
-        self.network: list[tuple[str, str, bytes]] = []
+        self.launches: dict[str, Start] = {}
+        """Those that are not over, by name."""
+        self.network: list[tuple[str, str, m.BetweenDaemons]] = []
         self.cut: set[tuple[str, str]] = set()
-        self.slow: set[str] = set()
         self._names = 0
 
     # --- what happens
 
-    def run(self, turns: int) -> None:
-        """`turns` with faults, then on to protected snapshots and a last restart. Raises BrokenPromiseError."""
+    def run(self) -> None:
+        """Turns with faults, then on to protected snapshots and a last restart. Raises BrokenPromiseError."""
         try:
-            for _ in range(turns):
+            if self.warm:
+                self._protects_again(1)
+            self.faults = True
+            for _ in range(self.turns):
                 self.turn()
             self._heal()
-            self._protects_again()
+            self._protects_again(3)
             self._last_losses()
         except BrokenPromiseError:
             raise
@@ -78,110 +112,135 @@ class Simulation:
     def turn(self) -> None:
         """One event."""
         fault = self.faults and self.random.random() < self.danger
-        events = list(self._fault_events() if fault else self._events())
-        if not events:
-            return
-        weight = self.random.random() * sum(event[0] for event in events)
-        for chance, name, event in events:  # noqa: B007
-            weight -= chance
-            if weight <= 0:
-                break
-        self.say(name)
-        event()
-        self.oracle.check()
+        chance = self._drawn(self._faults()) if fault else None
+        tries = MOST_TRIES
+        while chance is None and tries:
+            chance, tries = self._next(), tries - 1
+        if chance is not None:
+            if self.trace is not None:
+                self.say(str(chance))
+            chance.act(*chance.arguments)
 
     def say(self, text: str) -> None:
         """For people."""
         if self.trace is not None:
             self.trace.append(text)
 
-    def _events(self) -> Iterator[tuple[float, str, Event]]:
-        if self.network:
-            yield 1.0 + len(self.network), "message", self._deliver
-        for node in self.nodes.values():
-            if not node.alive or node.stopped:
-                continue
-            pace = 0.1 if node.arena in self.slow else 1.0
-            if node.machine is None:
-                yield 1, f"{node.arena}: daemon starts", node.start
-                continue
-            for task in node.tasks:
-                yield pace, f"{node.arena}: {task}", lambda n=node, t=task: self._work(n, t)
-            if node.trainer is not None:
-                for snapshot in node.trainer.copying:
-                    yield pace, f"{node.arena}: copied {snapshot.step}", lambda n=node, s=snapshot: n.copied(s)
-                if self._may_step(node):
-                    yield pace, f"{node.arena}: step {node.trainer.step + 1}", node.step
-            yield 0.1, f"{node.arena}: repeats", lambda n=node: n.event(lambda machine: machine.repeat())
-            for holding in node.machine.state.holdings:
-                yield 0.002, f"{node.arena}: deadline", lambda n=node, s=holding.snapshot: self._deadline(n, s)
-            yield 0.02, f"{node.arena}: scrubs", lambda n=node: n.event(lambda machine: machine.scrub())
-        for start in self.starts:
-            if not start.ended and start.stage != "running":
-                yield 2, f"{start.name}: {start.stage}", lambda s=start: self._goes_on(s)
-        if all(start.ended for start in self.starts):
-            yield 1, "the job starts", self._start
+    def _next(self) -> Chance | None:
+        """What happens next of its own accord: somewhere first, then what. None: nothing there."""
+        if not self.launches:
+            return Chance(1, self._start)
+        network = 1.0 + len(self.network) if self.network else 0.0
+        nodes = LIVELY * len(self.living)
+        waiting = [start for start in self.launches.values() if start.stage != "running"]
+        place = self.random.random() * (network + nodes + len(waiting))
+        if place < network:
+            return Chance(1, self._deliver)
+        place -= network
+        if place < nodes:
+            return self._drawn(self._chances_at(self.living[int(place / LIVELY)]), LIVELY)
+        start = waiting[int(place - nodes)]
+        return self._drawn([Chance(1.0 if start.stage != start.said else 0.1, self._goes_on, (start,))], 1.0)
 
-    def _fault_events(self) -> Iterator[tuple[float, str, Event]]:
+    def _drawn(self, chances: list[Chance], least: float = 0.0) -> Chance | None:
+        """One of them, by weight; none now and then if together they weigh less than `least`."""
+        place = self.random.random() * max(sum(chance.weight for chance in chances), least)
+        for chance in chances:
+            place -= chance.weight
+            if place < 0:
+                return chance
+        return None
+
+    def _chances_at(self, node: Node) -> list[Chance]:
+        """Of one node that lives."""
+        if node.stopped:
+            return []
+        if node.machine is None:
+            return [Chance(1, node.start)]
+        pace = 0.1 if node.slow else 1.0
+        chances = [Chance(pace, node.work, (task,)) for task in node.tasks]
+        if node.trainer is not None:
+            chances += [Chance(pace, node.copied, (snapshot,)) for snapshot in node.trainer.copying]
+            if self._may_step(node):
+                chances.append(Chance(0.2 * pace, node.step))
+        chances.append(Chance(0.02, node.event, (MemberMachine.repeat,)))
+        chances.append(Chance(0.02, node.event, (MemberMachine.scrub,)))
+        if node.machine.state.number == 0:
+            chances.append(Chance(0.02, node.event, (MemberMachine.want_flush,)))
+        if node.machine.state.holdings:
+            chances.append(Chance(0.002, self._deadline, (node,)))
+        return chances
+
+    def _faults(self) -> list[Chance]:
+        """What goes wrong. Time is only a reason to give up."""
         pick = self.random.choice
-        alive = [node for node in self.nodes.values() if node.alive]
-        running = [node for node in alive if node.machine is not None]
-        if alive:
-            node = pick(alive)
-            yield 1, f"{node.arena} is lost", lambda: self._lose(node)
-            yield 1, f"{node.arena} stops or goes on", lambda: setattr(node, "stopped", not node.stopped)
-            yield 0.7, f"{node.arena} is cut off", lambda: self._cut_off(node)
-            yield 0.7, "all links are back", self.cut.clear
-            yield 0.5, f"{node.arena} is slow", lambda: self.slow.symmetric_difference_update({node.arena})
-            yield 1, "the job is killed", self._kill_job
-            if len(self.starts) < 60:
-                yield 0.3, "a second launch", self._start
-            yield 0.7, f"{node.arena} is damaged", lambda: self._damage(node)
-        if running:
-            node = pick(running)
-            yield 2, f"{node.arena}: daemon dies", node.kill
-            yield 1, f"{node.arena}: daemon is doomed", lambda: setattr(node, "budget", self.random.randrange(4))
-            yield 1, f"{node.arena}: flush", lambda: node.event(lambda machine: machine.want_flush())
-            if node.state.holdings:
-                snapshot = pick(node.state.holdings).snapshot
-                yield 0.5, f"{node.arena}: no parity", lambda: node.event(lambda x: x.give_up_parity(snapshot))
-                yield 0.5, f"{node.arena}: too late", lambda: node.event(lambda x: x.expire(snapshot))
-            if node.trainer is not None and node.trainer.copying:
-                snapshot = pick(list(node.trainer.copying))
-                yield 1, f"{node.arena}: mutated", lambda: node.copied(snapshot, missed=True)
+        chances: list[Chance] = []
+        if len(self.starts) < MOST_STARTS:
+            chances.append(Chance(0.3, self._start))
+        if not self.living:
+            return chances
+        node = pick(self.living)
+        chances += [
+            Chance(1, self._lose, (node,)),
+            Chance(1, self._stop_or_continue, (node,)),
+            Chance(0.7, self._cut_off, (node,)),
+            Chance(0.7, self.cut.clear),
+            Chance(0.5, self._slow_down, (node,)),
+            Chance(1, self._kill_job),
+            Chance(0.7, self._damage, (node,)),
+        ]
+        if node.machine is None:
+            return chances
+        chances += [
+            Chance(2, node.kill),
+            Chance(1, self._doom, (node,)),
+        ]
+        if node.machine.state.holdings:
+            snapshot = pick(node.machine.state.holdings).snapshot
+            chances.append(Chance(0.5, node.event, (MemberMachine.give_up_parity, snapshot)))
+            chances.append(Chance(0.5, node.event, (MemberMachine.expire, snapshot)))
+        if node.trainer is not None and node.trainer.copying:
+            chances.append(Chance(1, node.copied, (pick(list(node.trainer.copying)), True)))
+        return chances
 
     # --- the network
 
     def send(self, source: str, target: str, message: m.BetweenDaemons) -> None:
-        """A message is under way; it may be lost, arrive twice, and in any order."""
+        """A message is under way; it may be lost, arrive twice, and in any order. Of two Facts, or two Decided, a later
+        one may take the place of an earlier."""
         self.say(f"    {source} -> {target}: {message}")
         copies = 1
         if self.faults and self.random.random() < self.loss:
             copies = self.random.choice((0, 2))
-        self.network += [(source, target, m.encode(message))] * copies
+        if isinstance(message, m.Facts | m.Decided) and (not self.faults or self.random.random() < 0.5):
+            for index, (sender, receiver, other) in enumerate(self.network):
+                if sender == source and receiver == target and type(other) is type(message):
+                    self.network[index] = source, target, message
+                    copies -= 1
+                    break
+        self.network += [(source, target, message)] * copies
 
     def _deliver(self) -> None:
         index = self.random.randrange(len(self.network))
-        source, target, data = self.network[index]
+        source, target, message = self.network[index]
         self.network[index] = self.network[-1]
         self.network.pop()
         if (source, target) in self.cut:
             return
-        message = m.decode(data)
+        if self.random.random() < THROUGH_BYTES:
+            message = m.decode(m.encode(message))
         self.say(f"    {source} => {target}: {message}")
-        start = next((s for s in self.starts if s.name == target), None)
-        if start is not None:
-            if not start.ended and isinstance(message, m.Promise | m.Refuse | m.Begun):
+        node = self.nodes.get(target)
+        if node is None:
+            start = self.launches.get(target)
+            if start is not None and isinstance(message, m.Promise | m.Refuse | m.Begun):
                 start.launch.heard(message)
                 self._look(start)
-            return
-        node = self.nodes[target]
-        if node.alive and node.stopped:
-            self.network.append((source, target, data))
+        elif node.alive and node.stopped:
+            self.network.append((source, target, message))
         elif node.up:
-            node.event(lambda machine: machine.handle(message, source))
-            trainer = node.trainer
-            if trainer is not None and node.state.frozen and self._start_of(node) is not None:
+            node.event(MemberMachine.handle, message, source)
+            if node.trainer is not None and node.state.frozen:
                 self._fence(node)
 
     def reach(self, source: str, target: str) -> Node | None:
@@ -211,12 +270,12 @@ class Simulation:
                 return False
         return True
 
-    def _deadline(self, node: Node, snapshot: SnapshotId) -> None:
-        """Time is only a reason to give up."""
-        node.event(lambda machine: machine.give_up_parity(snapshot))
+    def fails(self) -> bool:
+        """Whether something cannot be read or written for once."""
+        return self.faults and self.random.random() < 0.05
 
-    def _work(self, node: Node, task: Task) -> None:
-        node.work(task, self.faults and self.random.random() < 0.05)
+    def _deadline(self, node: Node) -> None:
+        node.event(MemberMachine.give_up_parity, self.random.choice(node.state.holdings).snapshot)
 
     # --- starts of the job
 
@@ -228,14 +287,13 @@ class Simulation:
         for node in self.nodes.values():
             if self.random.random() < 0.9:
                 node.end_training()
-        alive = [node for node in self.nodes.values() if node.alive]
-        sound = [node.arena for node in alive if not node.stopped and not self._is_cut(node.arena)]
+        sound = [node.arena for node in self.living if not node.stopped and not self._is_cut(node.arena)]
         last = self.starts[-1].launch.arenas if self.starts else ()
         sound.sort(key=lambda arena: arena not in last)
         arenas = sound[: self.count]
         while len(arenas) < self.count:
             arenas.append(self._new_node())
-        guests = [node.arena for node in alive if node.arena not in arenas]
+        guests = [node.arena for node in self.living if node.arena not in arenas]
         self.random.shuffle(arenas)
         grouping = plan_groups([str(number) for number in range(self.count)], self.redundancy)
         shape = Shape(tuple(group.nodes for group in grouping.groups), grouping.groups[0].parity_count)
@@ -251,13 +309,20 @@ class Simulation:
             records=list(self.store.records),
             stored=set(self.store.committed),
         )
-        self.starts.append(Start(len(self.starts), launch, False))
+        start = Start(len(self.starts), launch)
+        self.starts.append(start)
+        self.launches[start.name] = start
 
     def _new_node(self) -> str:
         self._names += 1
         name = f"n{self._names}"
         self.nodes[name] = Node(name, self)
+        self.living.append(self.nodes[name])
         return name
+
+    def lost(self, node: Node) -> None:
+        """A node is gone, or its daemon has ended."""
+        self.living.remove(node)
 
     def _goes_on(self, start: Start) -> None:
         """What a launch does when it waits."""
@@ -270,15 +335,16 @@ class Simulation:
             self.oracle.recorded(start.launch.epoch, start.launch.choice, start.launch.promises)
             start.launch.recorded()
             start.stage = "beginning"
-        elif start.stage == "asking" and self.random.random() < 0.1:
+        elif start.stage == start.said == "asking" and self.random.random() < 0.3:
             start.launch.expire()
             self._look(start)
         else:
+            start.said = start.stage
             for arena, message in start.launch.messages():
                 assert isinstance(message, m.Prepare | m.Begin)
                 self.send(start.name, arena, message)
             hopeless = self._is_overtaken(start) or any(self._is_gone(arena) for arena in start.launch.arenas)
-            if hopeless and self.random.random() < 0.02:
+            if hopeless and self.random.random() < 0.1:
                 self._end(start)
 
     def _look(self, start: Start) -> None:
@@ -307,19 +373,18 @@ class Simulation:
         states = [self.nodes[arena].state for arena in start.launch.arenas]
         return any(state.promised is not None and state.promised > start.launch.epoch for state in states)
 
-    def _start_of(self, node: Node) -> Start | None:
-        return None if node.trainer is None else self.starts[node.trainer.launch]
-
     def _fence(self, node: Node) -> None:
         """The daemon has disconnected its trainers; they end."""
-        start = self._start_of(node)
+        assert node.trainer is not None
+        start = self.starts[node.trainer.launch]
         node.end_training()
-        if start is not None and start.stage == "running":
+        if start.stage == "running" and not start.ended:
             self._end(start)
 
     def _end(self, start: Start) -> None:
         """The launcher kills what is left of a launch."""
         start.ended = True
+        del self.launches[start.name]
         for arena in start.launch.arenas:
             node = self.nodes[arena]
             if node.trainer is not None and node.trainer.launch == start.number and not node.stopped:
@@ -336,8 +401,8 @@ class Simulation:
             if lost >= found.shape.parity:
                 return
         node.lose()
-        for start in self.starts:
-            if node.arena in start.launch.arenas and not start.ended:
+        for start in list(self.launches.values()):
+            if node.arena in start.launch.arenas:
                 self._end(start)
 
     def _lives(self, arena: str) -> bool:
@@ -352,10 +417,30 @@ class Simulation:
         self.cut |= {(node.arena, other) for other in others if ways[0]}
         self.cut |= {(other, node.arena) for other in others if ways[1]}
 
+    def _stop_or_continue(self, node: Node) -> None:
+        node.stopped = not node.stopped
+
+    def _slow_down(self, node: Node) -> None:
+        node.slow = not node.slow
+
+    def _doom(self, node: Node) -> None:
+        """The daemon dies between two of its next actions."""
+        node.budget = self.random.randrange(4)
+
+    def declares(self, node: Node) -> None:
+        """A daemon knows that something is protected, maybe as the only one. A good moment to die."""
+        if self.faults and self.random.random() < 4 * self.danger:
+            node.budget = self.random.randrange(3)
+
+    def dies(self, node: Node) -> None:
+        """The daemon, or with it the node."""
+        node.kill()
+        if self.faults and self.random.random() < 0.5:
+            self._lose(node)
+
     def _kill_job(self) -> None:
-        for start in self.starts:
-            if not start.ended:
-                self._end(start)
+        for start in list(self.launches.values()):
+            self._end(start)
 
     def _damage(self, node: Node) -> None:
         """A bit flips in a string or a parity."""
@@ -374,19 +459,18 @@ class Simulation:
         self.say("--- no more faults")
         self.faults, self.elastic = False, False
         self.cut.clear()
-        self.slow.clear()
         for node in self.nodes.values():
-            node.stopped, node.budget = False, None
+            node.stopped, node.slow, node.budget = False, False, None
         self._kill_job()
 
-    def _protects_again(self) -> None:
-        """Three protected snapshots in one epoch."""
+    def _protects_again(self, count: int) -> None:
+        """So many protected snapshots in one epoch."""
         before = dict(self.oracle.protections)
         for turn in range(FINAL_TURNS):
-            if turn == FINAL_TURNS // 2 and any(node.damaged for node in self.nodes.values() if node.alive):
+            if turn % PATIENCE == PATIENCE - 1 and any(node.damaged for node in self.living):
                 self._kill_job()  # two slots, and R damaged beyond what it tolerated: goes on from P
             self.turn()
-            if any(n >= before.get(epoch, 0) + 3 for epoch, n in self.oracle.protections.items()):
+            if any(n >= before.get(epoch, 0) + count for epoch, n in self.oracle.protections.items()):
                 return
         raise BrokenPromiseError("nothing is protected any more")
 
@@ -399,4 +483,4 @@ class Simulation:
                 self.say(f"{found.holders[number]} is lost")
                 self.nodes[found.holders[number]].lose()
         self._kill_job()
-        self._protects_again()
+        self._protects_again(2)
