@@ -85,10 +85,16 @@ class Directory:
         self.pending[-1].apply(self.entries)
 
     def sync(self, node: int) -> None:
+        """What was lost for good before does not come back over what is durable now."""
+        left: list[Change] = []
         for change in self.pending:
             if change.node == node and not change.lost_for_good:
                 change.apply(self.durable)
-        self.pending = [change for change in self.pending if change.node != node or change.lost_for_good]
+                settled = {name for name, _ in change.names}
+                left = [c for c in left if not (c.lost_for_good and settled.issuperset(name for name, _ in c.names))]
+            else:
+                left.append(change)
+        self.pending = left
 
 
 class SimulatedDisk:

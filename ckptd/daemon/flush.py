@@ -16,6 +16,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.config import node_name
 from ckptd.core.errors import CkptdError, NotFoundError, StoreError
@@ -100,13 +102,25 @@ class Stores:
                 self._opened[action.store].abandon(action.snapshot)
             raise
 
-    def write(self, snapshot: SnapshotId, store: str, slots: Sequence[Slot], part: int, parts: int) -> None:
+    def write(
+        self,
+        snapshot: SnapshotId,
+        store: str,
+        slots: Sequence[Slot],
+        part: int,
+        parts: int,
+        epoch: Epoch | None = None,
+    ) -> None:
         """Writes what the ranks of this node, number `part` of `parts`, have captured, from their slots, which it takes
-        over; what is there already is left as it is. Raises StoreError, CorruptionError; what was begun is removed."""
+        over; what is there already is left as it is.
+
+        StoreError, also where a newer epoch than `epoch`, this node's, has begun; CorruptionError. What was begun is
+        then removed.
+        """
         with contextlib.ExitStack() as held:
             for slot in slots:
                 held.callback(slot.close)
-            self._write(snapshot, store, lambda: SnapshotReader(snapshot, slots), part, parts)
+            self._write(snapshot, store, lambda: SnapshotReader(snapshot, slots), part, parts, epoch)
 
     def commit(
         self, snapshot: SnapshotId, store: str, parts: int, keep: int | None = None, epoch: Epoch | None = None
@@ -118,23 +132,23 @@ class Stores:
         """
         yield_to_training()
         opened = self._open(store)
-
-        def still() -> None:
-            newest = max((record.epoch for record in opened.records()), default=epoch)
-            if epoch is not None and newest is not None and newest > epoch:
-                raise StoreError(f"{opened.uri}: epoch {newest} has begun; {epoch} commits nothing any more")
-
         fresh = not opened.committed(snapshot)
         if fresh:
             with self._untidy_if_failing(store):
-                joint.commit(opened, snapshot, self._job, parts, still)
+                joint.commit(opened, snapshot, self._job, parts, lambda: _refuse_newer(opened, epoch))
         self._tolerate(store, "what was written in vain could not be removed", lambda: opened.sweep(snapshot))
         if keep is not None:
             self._tolerate(store, "older checkpoints could not be removed", lambda: opened.prune(keep))
         return fresh
 
     def _write(
-        self, snapshot: SnapshotId, store: str, reader: Callable[[], SnapshotReader], part: int, parts: int
+        self,
+        snapshot: SnapshotId,
+        store: str,
+        reader: Callable[[], SnapshotReader],
+        part: int,
+        parts: int,
+        epoch: Epoch | None = None,
     ) -> None:
         yield_to_training()
         self._cancelled.discard(snapshot)
@@ -146,8 +160,9 @@ class Stores:
             writer = joint.NodeWriter(opened, snapshot, self._job, self._node, part, parts)
             if writer.is_done():
                 return
+            _refuse_newer(opened, epoch)
             given = _contribution(reader(), alone=parts == 1)
-            progress.total_bytes = int(given.rows.raw.sum() + given.own.raw.sum())
+            progress.total_bytes = _stored_bytes(given.rows) + _stored_bytes(given.own)
             given = given._replace(read=progress.counting(given.read), read_own=progress.counting(given.read_own))
             with self._untidy_if_failing(store):
                 writer.write(given, threads=_workers(), cancelled=lambda: self._is_cancelled(snapshot))
@@ -209,6 +224,19 @@ def _contribution(reader: SnapshotReader, *, alone: bool) -> joint.Contribution:
     return joint.Contribution(
         reader.ranks, shared, reader.reading(shared, content), own, reader.reading(own, b""), objects
     )
+
+
+def _stored_bytes(catalog: Catalog) -> int:
+    """Bytes of chunks, those of one place once."""
+    _, first = np.unique([catalog.writer, catalog.file, catalog.file_offset], axis=1, return_index=True)
+    return int(catalog.raw[first].sum())
+
+
+def _refuse_newer(store: Store, epoch: Epoch | None) -> None:
+    """A node that does not know of a newer epoch must not touch what that one may be writing."""
+    newest = None if epoch is None else max((record.epoch for record in store.records()), default=None)
+    if epoch is not None and newest is not None and newest > epoch:
+        raise StoreError(f"{store.uri}: epoch {newest} has begun; {epoch} writes nothing any more")
 
 
 def _foreign(store: Store) -> set[SnapshotId]:

@@ -184,6 +184,8 @@ def test_a_newer_epoch_fences_the_root_off(slots: list[Slot], place: str) -> Non
     with pytest.raises(StoreError, match="has begun"):
         stores[0].commit(SNAPSHOT, place, 2, epoch=EPOCH)
     assert Store.open(place).checkpoints() == []
+    with pytest.raises(StoreError, match="has begun"):
+        Stores(JOB, "a node that was replaced").write(SNAPSHOT, place, on_nodes(slots, 2)[1], 1, 2, EPOCH)
     assert daemons(2)[0].commit(SNAPSHOT, place, 2, epoch=newer), "the next epoch starts from it, and flushes it"
 
 

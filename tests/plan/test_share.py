@@ -19,6 +19,7 @@ from ckptd.plan.share import (
     OBJECTS_FILE,
     Newcomer,
     Read,
+    known_alone,
     object_rows,
     objects_for,
     read_bytes,
@@ -26,7 +27,9 @@ from ckptd.plan.share import (
     serving_rank,
     share_objects,
     share_rows,
+    share_stored,
     tensor_infos,
+    tie_equal,
     with_aliases,
     without_rank,
 )
@@ -159,6 +162,41 @@ def test_every_rank_is_served_its_own_tensor(values: list[dict[str, bytes]]) -> 
             plan = plan_load(merged, [Want(key, "uint8", (2,), Box.whole((2,)))], rank=rank)
             assert merged.crc[plan.row].tolist() == [crc32c(value)]
             plan_load(merged, [Want(key, "uint8", (2,), Box.whole((2,)))], rank=ALL_RANKS)
+
+
+@given(st.lists(st.dictionaries(st.sampled_from("abc"), st.sampled_from([b"xx", b"yy"])), min_size=1, max_size=6))
+def test_nodes_that_write_apart_serve_every_rank_too(values: list[dict[str, bytes]]) -> None:
+    """Pairs of ranks are nodes. Whatever is stored, each place of a writer that is needed at all is listed; what all
+    have alike is stored by one node alone."""
+    ranks = per_rank_catalogs(values)
+    stored = [tie_equal(Catalog.merge(ranks[start : start + 2])) for start in range(0, len(ranks), 2)]
+    shared = share_stored(stored)
+    for before, after in zip(stored, shared, strict=True):
+        if len(after):
+            places = [set(zip(c.writer.tolist(), c.file_offset.tolist(), strict=True)) for c in (before, after)]
+            assert places[0] == places[1]
+    merged = Catalog.merge(shared)
+    for rank, held in enumerate(values):
+        for key, value in held.items():
+            plan = plan_load(merged, [Want(key, "uint8", (2,), Box.whole((2,)))], rank=rank)
+            assert merged.crc[plan.row].tolist() == [crc32c(value)]
+            plan_load(merged, [Want(key, "uint8", (2,), Box.whole((2,)))], rank=ALL_RANKS)
+    once = Catalog.merge(share_rows(ranks))
+    if len({tuple(sorted(held.items())) for held in values}) == 1:
+        assert [len(catalog) for catalog in shared[1:]] == [0] * (len(shared) - 1)
+        assert len(merged) == len(once)
+
+
+def test_ties_are_between_equal_tensors_alone() -> None:
+    tied = tie_equal(Catalog.merge(per_rank_catalogs([{"b": b"same"}, {"b": b"else"}, {"b": b"same", "c": b"same"}])))
+    places = {(tied.tensors[tied.tensor[row]].key, int(tied.rank[row])): int(tied.writer[row]) for row in tied}
+    assert places == {("b", 0): 0, ("b", 1): 1, ("b", 2): 0, ("c", 2): 2}
+
+
+def test_generators_are_known_to_be_each_ranks_own() -> None:
+    own, rest = known_alone({4: {"rng/torch": b"4", "x": b"0"}, 5: {"rng/torch": b"4", "x": b"0"}})
+    assert own == {("rng/torch", 4): b"4", ("rng/torch", 5): b"4"}
+    assert rest == {4: {"x": b"0"}, 5: {"x": b"0"}}
 
 
 def test_another_world_takes_the_shared_values() -> None:

@@ -334,6 +334,46 @@ def test_a_list_is_gone_before_what_it_names_is_changed() -> None:
         save_jointly_over_a_leftover(Saboteur())
 
 
+def _joint_operations() -> list[Operation]:
+    disk = SimulatedDisk()
+    operations: list[Operation] = []
+    disk.after = operations.append
+    write_jointly([Store(FileBackEnd(disk), "simulated")] * 2, NEW, CONTENTS[NEW], own=staged)
+    return operations
+
+
+@pytest.mark.parametrize("failing", range(len(_joint_operations())))
+def test_a_failed_operation_of_any_node_loses_nothing_and_is_made_good(failing: int) -> None:
+    """The flush fails; the same processes do it again, unless COMMIT is in doubt, and later ones work in any case."""
+    witness = Witness()
+    witness.thorough = False
+    witness.save(OLD)
+    count = iter(range(10**6))
+
+    def fail(operation: Operation) -> bool:
+        if next(count) == failing:
+            raise StoreError(f"{operation}: Input/output error (EIO)")
+        return True
+
+    witness.may.add(NEW)
+    witness.contents[NEW] = jointly(CONTENTS[NEW], 2, staged)
+    stores = [Store(FileBackEnd(witness.disk), "simulated") for _ in range(2)]
+    witness.disk.before = fail
+    with contextlib.suppress(StoreError):  # of making a directory, it may be there all the same
+        write_jointly(stores, NEW, CONTENTS[NEW], own=staged)
+        witness.must.add(NEW)
+    witness.disk.before = lambda operation: True
+    witness.check()
+    with contextlib.suppress(StoreError):
+        write_jointly(stores, NEW, CONTENTS[NEW], own=staged)
+        witness.must.add(NEW)
+    if NEW not in witness.must:
+        with pytest.raises(StoreError, match="failed in this process"):
+            stores[0].committed(NEW)
+    witness.check()
+    witness.save(identity(3))
+
+
 def _all_operations(writers: int) -> list[Operation]:
     disk = SimulatedDisk()
     store = Store(FileBackEnd(disk), "simulated")

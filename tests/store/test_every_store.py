@@ -113,6 +113,25 @@ def test_tokens_show_that_two_nodes_see_one_store(store: Store) -> None:
     assert not store.has_token(nonce)
 
 
+def test_a_checkpoint_of_another_process_is_made_sure_of(store: Store) -> None:
+    """It may have failed to sync COMMIT, and nobody is left who knows."""
+    write(store, identity(1), tensors())
+    write(store, identity(2), tensors())
+    other = Store(store.back_end, store.uri)
+    assert other.exists(identity(1))
+    assert not other.exists(identity(3))
+    assert other.committed(identity(1))
+    assert other.prune(keep=1) == [identity(1)]
+    assert other.checkpoints() == [identity(2)]
+    assert {entry.name for entry in store.back_end.list((checkpoint(identity(2)),))} == {
+        "COMMIT",
+        "data",
+        "manifest.parquet",
+        "objects.msgpack",
+    }
+    assert equal(read(other.reader(identity(2))), tensors())
+
+
 @pytest.mark.parametrize("damage", ["removed", "shortened"])
 def test_what_commit_lists_and_is_not_there_is_corruption(store: Store, damage: str) -> None:
     write(store, identity(1), tensors())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -13,8 +15,9 @@ from ckptd.core.catalog import BYTEPLANES_ZSTD, RAW, ZSTD, Catalog
 from ckptd.core.errors import ConfigError, CorruptionError, FormatError, NotFoundError, StoreError
 from ckptd.core.lineage import EpochRecord
 from ckptd.format import objects
-from ckptd.tiers.store import Part, Store, open_checkpoint
+from ckptd.tiers.store import Part, Store, not_shared, open_checkpoint, sees_token
 from ckptd.tiers.store.names import checkpoint, parse_checkpoint, parse_record
+from ckptd.tiers.store.store import TOKEN_S
 from ckptd.tiers.store.writer import CheckpointWriter
 from tests.store.samples import JOB, Memory, Tensors, equal, identity, read, shared_objects, tensors, write
 
@@ -322,6 +325,60 @@ def test_probe_and_tokens(store: Store, tmp_path: Path) -> None:
     assert list((tmp_path / "store").iterdir()) == []
     with pytest.raises(ValueError, match="16 hex digits"):
         store.leave_token("../../evil")
+
+
+def test_tokens_of_killed_probes_go_after_a_day(store: Store, tmp_path: Path) -> None:
+    """One of now may be somebody's who waits for others to see it."""
+    names = [f".token-{digit * 16}" for digit in "012"]
+    for name in names:
+        store.leave_token(name.removeprefix(".token-"))
+    day_ago = time.time() - TOKEN_S - 60
+    os.utime(tmp_path / "store" / names[1], (day_ago, day_ago))
+    (tmp_path / "store" / ".token-notes").write_bytes(b"by hand")
+    os.utime(tmp_path / "store" / ".token-notes", (day_ago, day_ago))
+    assert store.clean() == [names[1]]
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [names[0], names[2], ".token-notes"]
+
+
+def test_every_node_says_whether_it_sees_the_token(store: Store, tmp_path: Path) -> None:
+    """The root leaves one; a path that leads elsewhere, or nowhere, does not have it."""
+    nonce = "0123456789abcdef"
+    store.leave_token(nonce)
+    (tmp_path / "local disk").mkdir()
+    places = {"node-a": store.uri, "node-b": str(tmp_path / "local disk"), "node-c": str(tmp_path / "nothing")}
+    seen = {node: sees_token(place, nonce) for node, place in places.items()}
+    assert seen == {"node-a": True, "node-b": False, "node-c": False}
+    error = not_shared(store.uri, [node for node, found in seen.items() if not found])
+    assert isinstance(error, ConfigError)
+    assert "on node-b, node-c this is not the store that rank 0 opened" in str(error)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_store_that_forgets_is_no_store(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "has_token", lambda self, nonce: False)
+    with pytest.raises(StoreError, match="cannot be read back"):
+        store.probe()
+    assert list((tmp_path / "store").iterdir()) == []
+
+
+def test_prune_relies_on_nothing_that_is_in_doubt(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest one was committed by a process that may have failed to sync it: until that is made good, older ones
+    stay."""
+    for step in (1, 2):
+        write(store, identity(step), {})
+    other = Store.open(store.uri)
+
+    def fail(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fail)
+        with pytest.raises(StoreError, match="EIO"):
+            other.prune(keep=1)
+    assert other.checkpoints() == [identity(1), identity(2)]
+    with pytest.raises(StoreError, match="failed in this process"):
+        other.committed(identity(2))
+    assert Store.open(store.uri).prune(keep=1) == [identity(1)]
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,8 @@ class NodeWriter:
             self._write(writer, given, threads, cancelled)
         except BaseException:
             with contextlib.suppress(Exception):
-                self._discard()
+                if self._journal.get(self._part) is None:  # else another node has taken this one's place
+                    self._discard()
             raise
 
     def _write(
@@ -126,9 +127,17 @@ class NodeWriter:
             )
             own = _Own(to_parquet(rows), len(rows), lengths)
         settle_files(self._back_end, self._directory)
-        self._back_end.settle((self._directory,))
-        self._back_end.settle(())
+        self._settle_directories()
         self._journal.put(self._part, self._encoded(given, shared, own))
+
+    def _settle_directories(self) -> None:
+        """If this fails it has failed for good: who writes again must not find them."""
+        try:
+            self._back_end.settle((self._directory,))
+            self._back_end.settle(())
+        except CkptdError:
+            self._back_end.remove_tree((self._directory,))
+            raise
 
     def _discard(self) -> None:
         """Removes what this node wrote: first the list, durably."""
