@@ -23,7 +23,7 @@ from ckptd.core.config import node_name
 from ckptd.core.errors import CkptdError, NotFoundError, StoreError
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.plan.share import Read, known_alone, object_rows, tie_equal
-from ckptd.protocol.actions import StartFlush, WriteRecord
+from ckptd.protocol.actions import WriteRecord
 from ckptd.tiers.arena import Slot, SnapshotReader
 from ckptd.tiers.store import Store, joint
 from ckptd.tiers.store.names import parse_checkpoint
@@ -92,16 +92,6 @@ class Stores:
             raise StoreError(f"{store.uri}: the record of epoch {action.record.epoch} cannot be read back")
         self._untidy.add(action.store)
 
-    def flush(self, reader: SnapshotReader, action: StartFlush) -> None:
-        """Both halves, on a job's only node."""
-        try:
-            self._write(action.snapshot, action.store, lambda: reader, 0, 1)
-            self.commit(action.snapshot, action.store, 1, action.keep)
-        except BaseException:
-            with contextlib.suppress(Exception):  # what is in doubt is refused, and stays
-                self._opened[action.store].abandon(action.snapshot)
-            raise
-
     def write(
         self,
         snapshot: SnapshotId,
@@ -135,7 +125,13 @@ class Stores:
         fresh = not opened.committed(snapshot)
         if fresh:
             with self._untidy_if_failing(store):
-                joint.commit(opened, snapshot, self._job, parts, lambda: _refuse_newer(opened, epoch))
+                try:
+                    joint.commit(opened, snapshot, self._job, parts, lambda: _refuse_newer(opened, epoch))
+                except BaseException:
+                    if parts == 1:  # nobody else writes it; what is in doubt is refused, and stays
+                        with contextlib.suppress(Exception):
+                            opened.abandon(snapshot)
+                    raise
         self._tolerate(store, "what was written in vain could not be removed", lambda: opened.sweep(snapshot))
         if keep is not None:
             self._tolerate(store, "older checkpoints could not be removed", lambda: opened.prune(keep))

@@ -11,6 +11,8 @@ import asyncio
 import collections
 import contextlib
 import errno
+import fcntl
+import functools
 import logging
 import os
 import resource
@@ -27,7 +29,7 @@ import msgspec
 
 from ckptd.core.config import node_name
 from ckptd.core.errors import CkptdError, DaemonError, FormatError
-from ckptd.core.types import Job, SnapshotId
+from ckptd.core.types import Epoch, Job, SnapshotId
 from ckptd.daemon.address import Address, address_of, connect, is_locked, listen, take_lock
 from ckptd.daemon.flush import Stores
 from ckptd.daemon.launch import start_keeper
@@ -35,12 +37,14 @@ from ckptd.daemon.processes import Watch, identify
 from ckptd.daemon.wire import readable, receive, send
 from ckptd.observe.logging import to_stderr
 from ckptd.protocol import messages as m
-from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, StartFlush, WriteRecord
+from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, WriteRecord
+from ckptd.protocol.cluster import messages as cluster
+from ckptd.protocol.cluster.state import ClusterState
 from ckptd.protocol.node import NodeMachine
 from ckptd.protocol.slots import SlotTable, memory_bytes
 from ckptd.protocol.state import NodeState, recover
-from ckptd.tiers.arena import Ledger, Slot, SnapshotReader
-from ckptd.tiers.memory import Headroom, headroom
+from ckptd.tiers.arena import Ledger, Slot
+from ckptd.tiers.memory import SEALS, Headroom, headroom
 
 log = logging.getLogger("ckptd.daemon")
 
@@ -141,9 +145,13 @@ class Daemon:
         self._peers: dict[int, Peer] = {}
         self._numbered = 0
         self._pieces: dict[int, int] = {}
+        self._planned: tuple[bytes, int] | None = None
         self._processes = Watch(self._ended)
         self._stores = Stores(address.job.name)
         self._tasks: set[asyncio.Future[None]] = set()
+        self._writing: dict[SnapshotId, SnapshotId] = {}
+        """Grant -> name of what is being made durable, or was."""
+        self._flushing = asyncio.Lock()
         self._leaving: asyncio.Future[str]
         self._listening: socket.socket
         if ledger is None:
@@ -162,7 +170,8 @@ class Daemon:
     def _recover(self) -> NodeState:
         """The state of the daemon before us, as far as its slots came over; else a new one."""
         payload = self._ledger.read()
-        state = NodeState(self._address.job.name, table=SlotTable(numbered=secrets.randbelow(10**9) * 1000))
+        table = SlotTable(numbered=secrets.randbelow(10**9) * 1000)
+        state = NodeState(self._address.job.name, ClusterState(secrets.token_hex(8)), table=table)
         if payload is not None:
             try:
                 state = msgspec.msgpack.decode(payload, type=NodeState)
@@ -311,10 +320,12 @@ class Daemon:
             case Drop():
                 self._drop(action.slot)
             case WriteRecord():
-                self._in_thread(self._write_record, action, self._recorded)
-            case StartFlush():
-                log.info("flushing %s to %s", action.snapshot, action.store)
-                self._in_thread(self._run_flush, action, self._flushed)
+                work = functools.partial(self._stores.write_record, action)
+                self._in_thread(work, functools.partial(self._recorded, action))
+            case cluster.Write() | cluster.Commit():
+                self._flush(action)
+            case cluster.Free():
+                self._freed(action)
             case Exit():
                 if not self._leaving.done():
                     self._leaving.set_result(action.reason)
@@ -332,7 +343,7 @@ class Daemon:
             message = m.Report({**message.report, **self._report()})
         held = [os.dup(held) for n in action.slots if n in self._slots for held in self._slots[n].descriptors]
         held += [held for n in action.readable if n in self._slots for held in self._readable_slot(n)]
-        held += [_read_only(self._pieces[n]) for n in action.pieces if n in self._pieces]
+        held += [_read_only(self._book())] if action.pieces else []
         peer.backlog.append((message, held))
         self._drain(peer)
 
@@ -407,6 +418,16 @@ class Daemon:
         if old is not None:
             os.close(old)
 
+    def _book(self) -> int:
+        """What all ranks have said of their states, in one descriptor. The last one stays until another is made."""
+        said = [os.pread(part, os.fstat(part).st_size, 0) for _, part in sorted(self._pieces.items())]
+        packed = msgspec.msgpack.encode(said)
+        if self._planned is None or self._planned[0] != packed:
+            if self._planned is not None:
+                os.close(self._planned[1])
+            self._planned = packed, _sealed_memory("ckptd-plan", packed)
+        return self._planned[1]
+
     def _take_slot(self, number: int, descriptors: list[int]) -> bool:
         """Keeps a slot that a trainer made as it was told to, and then its `descriptors`; refuses any other."""
         expected = self._machine.state.table.get(number)
@@ -459,45 +480,71 @@ class Daemon:
 
     # --- the store, in threads
 
-    def _in_thread(self, work: Callable[[Any], None], action: Any, done: Callable[[Any, str | None], None]) -> None:
+    def _in_thread(
+        self, work: Callable[[], Any], done: Callable[[str | None], None], alone: asyncio.Lock | None = None
+    ) -> None:
+        """`done` hears of the error, if there is one. `alone`: not beside other work of that lock."""
+
         async def run() -> None:
             error = None
             try:
-                await asyncio.to_thread(work, action)
+                async with alone or contextlib.AsyncExitStack():
+                    await asyncio.to_thread(work)
             except CkptdError as caught:
                 error = str(caught)
             except Exception as caught:
-                log.exception("%s failed", type(action).__name__)
+                log.exception("work failed")
                 error = f"{type(caught).__name__}: {caught}"
-            done(action, error)
+            done(error)
             self._carry_out()
 
         task = asyncio.ensure_future(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _write_record(self, action: WriteRecord) -> None:
-        self._stores.write_record(action)
-
     def _recorded(self, action: WriteRecord, error: str | None) -> None:
         self._machine.recorded(action.peer, error, time.monotonic())
         self._complain()
 
-    def _run_flush(self, action: StartFlush) -> None:
-        held = [self._slots[number] for number in action.slots]
-        reader = SnapshotReader(action.snapshot, [slot.duplicate() for slot in held])
-        with contextlib.closing(reader):
-            self._stores.flush(reader, action)
-
-    def _flushed(self, action: StartFlush, error: str | None) -> None:
-        now = time.monotonic()
-        if error is None:
-            log.info("%s is durable in %s", action.snapshot, action.store)
-            self._machine.flush_done(action.snapshot, action.store, now)
+    def _flush(self, action: cluster.Write | cluster.Commit) -> None:
+        """One at a time: what an older epoch has begun ends first."""
+        flush, state = action.flush, self._machine.state
+        name = SnapshotId(flush.snapshot.epoch, flush.step)
+        membership, number = state.cluster.membership, state.cluster.number
+        assert membership is not None
+        assert number is not None
+        parts = len(membership.arenas)
+        work: Callable[[], object]
+        if isinstance(action, cluster.Commit):
+            work = functools.partial(self._stores.commit, name, flush.store, parts, flush.keep, membership.epoch)
         else:
-            log.error("flush of %s failed: %s", action.snapshot, error)
-            self._machine.flush_failed(action.snapshot, action.store, error, now)
+            sealed = state.table.holding(flush.snapshot)
+            slots = [] if sealed is None else [self._slots[n].duplicate() for _, n in sorted(sealed.slots.items())]
+            log.info("writing %s to %s", name, flush.store)
+            self._writing[flush.snapshot] = name
+            work = functools.partial(self._stores.write, name, flush.store, slots, number, parts, membership.epoch)
+        self._in_thread(work, functools.partial(self._flushed, action, membership.epoch), self._flushing)
+
+    def _flushed(self, action: cluster.Write | cluster.Commit, epoch: Epoch, error: str | None) -> None:
+        flush, job = action.flush, self._machine.job
+        name = SnapshotId(flush.snapshot.epoch, flush.step)
         self._complain()
+        if self._machine.state.epoch != epoch:
+            return
+        if error is not None:
+            log.error("flush of %s failed: %s", name, error)
+            job.flush_failed(flush.number, error)
+        elif isinstance(action, cluster.Write):
+            job.written(flush.number)
+        else:
+            log.info("%s is durable in %s", name, flush.store)
+            job.committed(flush.number)
+
+    def _freed(self, action: cluster.Free) -> None:
+        """Nothing reads it any more; what still writes it is given up."""
+        name = self._writing.pop(action.snapshot, None)
+        if name is not None:
+            self._stores.cancel(name)
 
     def _complain(self) -> None:
         """What the store would not do, although nothing is lost by it, is counted and shown."""
@@ -586,6 +633,14 @@ def _kept_names(number: int) -> list[str]:
 def _close_all(descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+def _sealed_memory(name: str, content: bytes) -> int:
+    """A memfd that nobody can change any more."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(descriptor, content)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS | fcntl.F_SEAL_WRITE)
+    return descriptor
 
 
 def _read_only(descriptor: int) -> int:

@@ -1,23 +1,24 @@
-"""What the node machine asks its surroundings to do. Data only."""
+"""What the node machine asks its surroundings to do, its member machine (protocol/cluster) included. Data only."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from ckptd.core.lineage import EpochRecord
-from ckptd.core.types import SnapshotId
+from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.messages import Message
 
 
 @dataclasses.dataclass(frozen=True)
 class Send:
-    """A message to a connection; beside it read-write (`slots`) or read-only (`readable`, `pieces`) descriptors."""
+    """A message to a connection; beside it descriptors of slots, read-write (`slots`) or read-only (`readable`), or one
+    of what all ranks have said that their states consist of (`pieces`)."""
 
     peer: int
     message: Message
     slots: tuple[int, ...] = ()
     readable: tuple[int, ...] = ()
-    pieces: tuple[int, ...] = ()
+    pieces: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,16 +38,6 @@ class WriteRecord:
 
 
 @dataclasses.dataclass(frozen=True)
-class StartFlush:
-    """Write a snapshot from its slots (rank order) into a store, then tell the machine (`flush_done`/`_failed`)."""
-
-    snapshot: SnapshotId
-    slots: tuple[int, ...]
-    store: str
-    keep: int | None
-
-
-@dataclasses.dataclass(frozen=True)
 class Drop:
     """Forget the descriptor of a slot: its memory is free once every mapping is gone."""
 
@@ -60,4 +51,17 @@ class Exit:
     reason: str
 
 
-Action = Send | Disconnect | WriteRecord | StartFlush | Drop | Exit
+Work = (
+    cluster.Tell
+    | cluster.Describe
+    | cluster.Encode
+    | cluster.Rebuild
+    | cluster.Verify
+    | cluster.Write
+    | cluster.Commit
+    | cluster.Free
+    | cluster.Gather
+)
+"""Of the member machine's actions those that are not the node machine's to carry out."""
+
+Action = Send | Disconnect | WriteRecord | Drop | Exit | Work

@@ -1,8 +1,9 @@
 """How many slots each rank gets, which it keeps and which it makes. Pure bookkeeping on the state of a node.
 
-A rank has `WITH_STORE` slots where snapshots are flushed while newer ones are captured, `LEAST` otherwise or where
-memory is short. Slots of an earlier process that fit the layout are kept, with what is in them. Those that a process of
-another epoch may still write to are left to it, and dropped when it ends, unless memory does not allow for others.
+A rank has `LEAST` slots, one more where snapshots are flushed while newer ones are captured, and one more where they
+are encoded meanwhile; fewer where memory is short. Slots of an earlier process that fit the layout are kept, with what
+is in them. Those that a process of another epoch may still write to are left to it, and dropped when it ends, unless
+memory does not allow for others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from ckptd.protocol.messages import Layout
 from ckptd.protocol.slots import Slot, SlotTable, memory_bytes
 from ckptd.protocol.state import NodeState
 
-WITH_STORE, LEAST = 3, 2
+LEAST = 2
+"""One holds the newest snapshot, one takes the next."""
 
 
 class Allotment(NamedTuple):
@@ -37,38 +39,43 @@ def allot(state: NodeState, layouts: Sequence[Layout], available_bytes: int, lim
     """Makes `layouts`, one a rank, those of the node, of which new slots may take `available_bytes` (because of
     `limit`) and what idle ones leave that fit nobody."""
     assert state.epoch is not None, "ranks of an epoch have answered"
-    state.layouts = {rank: layout.digest for rank, layout in enumerate(layouts)}
-    state.uncompared = None
+    state.layouts = {rank: layout.digest for rank, layout in zip(state.ranks, layouts, strict=True)}
     gone = state.table.retire(state.layouts)
     mapped, left = set(state.instances.values()), state.table.slots
     freed = [slot for slot in gone if slot.ready and slot.owner not in mapped]
     room = available_bytes + memory_bytes([*left, *freed]) - memory_bytes(left)
-    wanted = LEAST if state.own_store is None else WITH_STORE
-    found = distribute(state.table, state.epoch, layouts, wanted, room)
+    wanted = LEAST + (state.own_store is not None) + (state.parity > 0)
+    found = distribute(state.table, state.epoch, state.ranks, layouts, wanted, room)
     complaint = None
     if found is None:
         state.layouts = {}
         complaint = (
-            f"snapshot memory: {LEAST} slots for {state.world} ranks need "
+            f"snapshot memory: {LEAST} slots for {len(state.ranks)} ranks need "
             f"{missing_bytes([[] for _ in layouts], layouts, LEAST)} bytes, {room} are available on this "
             f"node beside what holds snapshots ({limit}); free memory, raise the limit, or use fewer bytes"
         )
-    elif len(found[0].reuse) + len(found[0].create) < wanted:
-        complaint = f"memory for {LEAST} slots a rank instead of {wanted}: a flush stops snapshots"
+    elif found and (made := len(found[0].reuse) + len(found[0].create)) < wanted:
+        complaint = f"memory for {made} slots a rank instead of {wanted}: a flush or encoding stops snapshots"
     return Allotments(found, [slot.slot for slot in gone], complaint)
 
 
 def distribute(
-    table: SlotTable, epoch: Epoch, layouts: Sequence[Layout], wanted: int, available_bytes: int
+    table: SlotTable,
+    epoch: Epoch,
+    ranks: Sequence[int],
+    layouts: Sequence[Layout],
+    wanted: int,
+    available_bytes: int,
 ) -> list[Allotment] | None:
     """One allotment a rank, all of as many slots as memory allows from `wanted` down to LEAST; None: too little."""
-    fitting = [table.matching(rank, lay.digest, lay.slot_bytes, epoch) for rank, lay in enumerate(layouts)]
+    pairs = list(zip(ranks, layouts, strict=True))
+    fitting = [table.matching(rank, lay.digest, lay.slot_bytes, epoch) for rank, lay in pairs]
     quarantined = table.quarantined(epoch)
     sound = [[slot for slot in slots if slot.slot not in quarantined] for slots in fitting]
     for held in (sound, fitting):
         for count in range(wanted, LEAST - 1, -1):
             if missing_bytes(held, layouts, count) <= available_bytes:
-                return [_allot(table, rank, lay, held[rank], count) for rank, lay in enumerate(layouts)]
+                return [_allot(table, rank, lay, old, count) for (rank, lay), old in zip(pairs, held, strict=True)]
     return None
 
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ckptd.core.errors import FormatError
-from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, Level, SnapshotId
+from ckptd.protocol.cluster import messages as cluster
 
 PROTOCOL = 1
 """Version of this protocol; a Hello or Prepare with another one is refused."""
@@ -71,7 +71,7 @@ class Policy(msgspec.Struct, frozen=True):
 
 
 class Prepare(Message, frozen=True):
-    """Rank 0 asks for a promise not to serve epochs below `epoch`. Answer: Promise or Refuse."""
+    """For rank 0: promise not to serve epochs below `epoch`. Answer: Promise or Refuse."""
 
     protocol: int
     job: Name
@@ -82,22 +82,23 @@ class Prepare(Message, frozen=True):
 
 
 class Begin(Message, frozen=True):
-    """Rank 0: the epoch starts from `restore_point` with `world` ranks on this node. Answer: Begun or Refuse."""
+    """For rank 0: the epoch begins as `begin` says, with `world` ranks, of which `ranks` are on this node. Answer:
+    Begun or Refuse."""
 
-    epoch: Epoch
-    restore_point: SnapshotId | None
+    begin: cluster.Begin
     world: Positive
+    ranks: list[Count]
     policy: Policy
 
     def __post_init__(self) -> None:
-        self.epoch.check()
-        _check_snapshot(self.restore_point)
+        cluster.check(self.begin)
 
 
 class Hello(Message, frozen=True):
     """A rank joins, or rejoins after a lost connection. Answer: Welcome or Refuse.
 
-    `world`, `restore_point` and `policy` let a daemon that lost its memory take the job over.
+    `world`, `ranks` (those of this node), `restore_point` and `policy` let a daemon that lost its memory take the job
+    over.
     """
 
     protocol: int
@@ -105,6 +106,7 @@ class Hello(Message, frozen=True):
     epoch: Epoch
     rank: Count
     world: Positive
+    ranks: list[Count]
     instance: Instance
     restore_point: SnapshotId | None
     policy: Policy
@@ -144,7 +146,7 @@ class Boundary(Message, frozen=True):
 
 
 class Captured(Message, frozen=True):
-    """The grant for `grant` was used: `step` is in `slot`, checksums and all; it cost the loop `stall_s`. `replicas`,
+    """Grant `grant` was used: `step` is in `slot`, checksums and all; it cost the loop `stall_s`. `replicas`,
     if the grant asks for it: checksums that every rank that holds the same must find."""
 
     grant: Count
@@ -155,7 +157,7 @@ class Captured(Message, frozen=True):
 
 
 class Missed(Message, frozen=True):
-    """The grant for `grant` will never be used."""
+    """Grant `grant` will never be used."""
 
     grant: Count
     reason: Reason
@@ -197,10 +199,12 @@ class Stop(Message, frozen=True):
 
 
 class Promise(Message, frozen=True):
-    """The snapshots this node holds whole, and the lineage it knows."""
+    """What this node holds, and the lineage it knows."""
 
-    snapshots: list[SnapshotId]
-    records: list[EpochRecord]
+    promise: cluster.Promise
+
+    def __post_init__(self) -> None:
+        cluster.check(self.promise)
 
 
 class Refuse(Message, frozen=True):
@@ -242,7 +246,7 @@ class Survey(Message, frozen=True):
 
 
 class Plan(Message, frozen=True):
-    """Every rank's Pieces, as read-only descriptors beside in rank order. Answer: Layout."""
+    """Every rank's Pieces, in the descriptor beside. Answer: Layout."""
 
     generation: int
 
@@ -257,25 +261,27 @@ class Allot(Message, frozen=True):
 
 
 class Grant(Message, frozen=True):
-    """Capture at the first boundary from `step` on at which an optimizer has stepped, into `slot`. `compare`: and tell
-    the checksums of what other ranks hold too."""
+    """Grant number `grant`: capture at the first boundary from `step` on at which an optimizer has stepped, into
+    `slot`. `compare`: and tell the checksums of what other ranks hold too."""
 
+    grant: int
     step: int
     slot: int
     compare: bool = False
 
 
 class Revoke(Message, frozen=True):
-    """The snapshot granted for `step` is NotSealed: answer Missed unless captured, and forget it."""
+    """The snapshot of grant `grant` is NotSealed: answer Missed unless captured, and forget it."""
 
-    step: int
+    grant: int
 
 
 class Reached(Message, frozen=True):
-    """`step` has reached `level`; all earlier sealed steps of the epoch are superseded."""
+    """`step` has reached `level`; all earlier sealed steps of the epoch are superseded, and grants up to `grant`."""
 
     step: int
     level: Level
+    grant: int = 0
 
 
 class FlushFailed(Message, frozen=True):

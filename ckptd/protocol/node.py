@@ -1,15 +1,16 @@
-"""The state machine of one node's daemon: epochs, members, grants, seals, flushes. Events in, actions out.
+"""The state machine of one node's daemon: its ranks, their slots, and what of them the job's nodes are told.
 
-Owns every decision of the daemon; does no I/O and reads no clock. `NodeState` is the part that outlives the daemon
-(the server writes it into the arena before any action is carried out), `Member`s come back by their Hello. Decided
-elsewhere: which slots a rank gets (layouts.py), when to grant (cadence.py), what to flush (flushes.py), when nobody has
-been here for too long (quiet.py).
+Owns what concerns this node alone: connections, the ranks of the epoch, layouts and slots, the outcomes of grants, who
+waits for what. What all nodes of a job decide together - grants, seals, protection, flushes - is the member machine's
+(protocol/cluster), which lives in here; a job on one node is one of one member. Does no I/O and reads no clock.
+`NodeState` is the part that outlives the daemon (the server writes it into the arena before any action is carried
+out), `Member`s come back by their Hello. Decided elsewhere: which slots a rank gets (layouts.py), who waits for a flush
+(requests.py), when nobody has been here for too long (quiet.py).
 
 Invariants
 - Epochs only grow: nothing of an epoch below the promise is served (promise 5). An epoch has one process a rank.
-- A snapshot is sealed only when every rank of the epoch has captured the same step (promises 4, 8).
-- The newest sealed snapshot, one being flushed, and the restore point until the first seal of its epoch keep their
-  slots (promise 3).
+- A snapshot is sealed here only when every rank of the node has captured the same step (promises 4, 8).
+- What is sealed keeps its slots until the member machine frees it (promise 3).
 - Every handler is idempotent; after a lost connection both sides repeat what they last said.
 - Safety never depends on `now`: time only decides when to flush and when to leave (promise 15).
 """
@@ -23,22 +24,19 @@ from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.protocol import messages as m
 from ckptd.protocol import repeats
 from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, WriteRecord
-from ckptd.protocol.cadence import Cadence
-from ckptd.protocol.flushes import Flushes, Request
+from ckptd.protocol.cluster import messages as cluster
+from ckptd.protocol.cluster.epoch import adopted
+from ckptd.protocol.cluster.member import MemberMachine
+from ckptd.protocol.cluster.standing import Outcome, Standing
 from ckptd.protocol.layouts import allot
 from ckptd.protocol.members import Member, Members
 from ckptd.protocol.quiet import Quiet
+from ckptd.protocol.requests import Request, Requests
 from ckptd.protocol.slots import Granted
 from ckptd.protocol.state import NodeState, describe
 
-PIPELINE = 2
-"""Snapshots that may be granted and not yet sealed at a time."""
-
-MAX_WORLD = 120
+MAX_RANKS = 120
 """Ranks of one node: a Welcome passes two descriptors for each, and the kernel passes 253 at a time."""
-
-COMPARE_EVERY = 100
-"""In one of so many snapshots the ranks compare what they have in common, and in the first of each layout."""
 
 
 class NodeMachine:
@@ -47,17 +45,18 @@ class NodeMachine:
     def __init__(self, state: NodeState, now_s: float) -> None:
         self.state = state
         self.members = Members()
+        self.job = MemberMachine(state.cluster, state.policy)
+        """What the nodes of the job decide together."""
         self._now_s = now_s
         self._out: list[Action] = []
-        self._cadence: Cadence | None = None
-        self._flushes = Flushes()
+        self._requests = Requests()
         self._beginning: set[int] = set()
         self._quiet = Quiet(now_s)
         self._planned = False
         self._draining = False
+        self._disbanded = False
+        self._cost: float | None = None
         self._available_bytes, self._limit = 0, ""
-        if state.policy is not None:
-            self._cadence = Cadence(state.policy, max(_step(state.durable), _step(state.restore_point)))
 
     # --- events
 
@@ -134,7 +133,7 @@ class NodeMachine:
     def gone(self, peer: int, now_s: float) -> None:
         """The connection is lost. The process may live on, and may come back."""
         self._now_s = now_s
-        self._flushes.gone(peer)
+        self._requests.gone(peer)
         self._beginning.discard(peer)
         found = self.members.of(peer)
         if found is not None:
@@ -165,89 +164,67 @@ class NodeMachine:
             else:
                 self._refuse(peer, "StoreError", error)
 
-    def flush_done(self, snapshot: SnapshotId, store: str, now_s: float) -> None:
-        """A flush has committed."""
-        self._now_s = now_s
-        self._count("flushed")
-        live = self.state.is_live(snapshot)
-        if live and store == self.state.own_store:
-            self.state.durable = max(self.state.durable or snapshot, snapshot)
-            if snapshot.epoch == self.state.epoch:
-                self._broadcast(m.Reached(snapshot.step, Level.DURABLE))
-        for request in self._flushes.ended(snapshot, store, live):
-            self._send(request.peer, request.answer(snapshot.step))
-
-    def flush_failed(self, snapshot: SnapshotId, store: str, error: str, now_s: float) -> None:
-        """A flush has failed; memory keeps the snapshot, and the next due one is tried."""
-        self._now_s = now_s
-        self._count("flush_errors")
-        self.state.last_error = error = error[: m.MAX_TEXT]
-        if store == self.state.own_store:
-            self._flushes.failed = (snapshot, error)
-            if snapshot.epoch == self.state.epoch:
-                self._broadcast(m.FlushFailed(snapshot.step, error))
-        for request in self._flushes.ended(snapshot, store, self.state.is_live(snapshot)):
-            self._refuse(request.peer, "StoreError", error)
-
     def tick(self, now_s: float) -> None:
         """Time has passed."""
         self._now_s = now_s
 
     def drain(self, now_s: float) -> None:
-        """The daemon itself is asked to end: it flushes the newest sealed snapshot first."""
+        """The daemon itself is asked to end: it has the newest sealed snapshot flushed first."""
         self._now_s = now_s
         self._draining = True
 
     # --- epochs
 
     def _prepare(self, peer: int, message: m.Prepare) -> None:
-        state = self.state
         if not self._compatible(peer, message.protocol, message.job):
             return
-        if state.promised is not None and message.epoch <= state.promised:
-            self._refuse(peer, "DaemonError", f"epoch {message.epoch} is not above {state.promised}", state.promised)
+        answer = self.job.prepare(message.epoch)
+        if isinstance(answer, cluster.Refuse):
+            text = f"epoch {message.epoch} is not above {answer.promised}"
+            self._refuse(peer, "DaemonError", text, answer.promised)
             return
-        state.promised = message.epoch
         self._quiet.end()
         self._disconnect_members()
-        self._send(peer, m.Promise([s.snapshot for s in state.table.sealed], state.records))
+        self._send(peer, m.Promise(answer))
 
     def _begin(self, peer: int, message: m.Begin) -> None:
-        state = self.state
-        if message.epoch != state.promised:
-            self._refuse(peer, "DaemonError", f"epoch {message.epoch} is not the promised one", state.promised)
+        epoch = message.begin.epoch
+        if epoch != self.state.promised:
+            self._refuse(peer, "DaemonError", f"epoch {epoch} is not the promised one", self.state.promised)
             return
-        if message.world > MAX_WORLD:
-            self._refuse(peer, "ConfigError", f"{message.world} ranks on one node; at most {MAX_WORLD} are served")
+        complaint = _complaint(message.world, message.ranks)
+        if complaint is not None:
+            self._refuse(peer, "ConfigError", complaint)
             return
         self._quiet.end()
-        if state.epoch != message.epoch:
-            self._adopt(message.epoch, message.world, message.restore_point, message.policy)
-        if message.policy.store is None:
+        if self.state.epoch != epoch:
+            self._adopt(message.begin, message.world, message.ranks, message.policy)
+        root = self.state.cluster.number == 0
+        if message.policy.store is None or not root:
             self._send(peer, m.Begun())
         else:
             self._beginning.add(peer)
-            self._out.append(WriteRecord(peer, message.policy.store, state.records[-1]))
+            self._out.append(WriteRecord(peer, message.policy.store, self.state.cluster.records[-1]))
 
-    def _adopt(self, epoch: Epoch, world: int, point: SnapshotId | None, policy: m.Policy) -> None:
-        """The epoch begins here; what it neither restores nor flushes is freed."""
+    def _adopt(self, begin: cluster.Begin, world: int, ranks: list[int], policy: m.Policy) -> None:
+        """The epoch begins here; what it neither restores nor keeps is freed."""
         self._disconnect_members()
-        self._out += [Drop(slot) for slot in self.state.begin(epoch, world, point, policy)]
-        self.state.table.keep(self._pinned())
-        self._cadence = Cadence(policy, _step(point))
-        self._flushes.failed = None
-        newest = self.state.newest()
-        for request in self._flushes.retarget(None if newest is None else newest.snapshot):
+        self._out += [Drop(slot) for slot in self.state.begin(world, ranks, policy)]
+        self.job.policy = policy
+        self.job.begin(begin)
+        self._disbanded, self._cost = False, None
+        newest = self.state.cluster.newest
+        for request in self._requests.retarget(None if newest is None else newest.snapshot):
             self._send(request.peer, request.answer(None))
-        self._start_survey()
+        self._start_survey(self.state.generation + 1)
 
     def _hello(self, peer: int, message: m.Hello, process: tuple[int, int] | None) -> None:
         state, rank, instance = self.state, message.rank, message.instance
         if not self._compatible(peer, message.protocol, message.job):
             return
-        if message.world <= MAX_WORLD and self.state.is_unheard_of(message.epoch):
-            self._adopt(message.epoch, message.world, message.restore_point, message.policy)
-        if message.epoch != state.epoch or self.state.frozen or rank >= state.world:
+        if _complaint(message.world, message.ranks) is None and state.is_unheard_of(message.epoch):
+            self._adopt_unheard(message)
+        if message.epoch != state.epoch or state.frozen or rank not in state.ranks:
             self._refuse(
                 peer, "DaemonError", f"rank {rank} of epoch {message.epoch} is not served here", state.promised
             )
@@ -264,27 +241,27 @@ class NodeMachine:
         if process is not None:
             state.processes[instance] = process
         self._quiet.end()
-        self._welcome(peer, rank, returns)
-
-    def _welcome(self, peer: int, rank: int, returns: bool) -> None:
-        """Tells a rank what is here and repeats what it may have missed."""
-        state, failed = self.state, self._flushes.failed
         self._out.append(repeats.welcome(state, peer, rank))
         self._repeat_layout(peer, rank, returns)
-        for message in repeats.news(state, rank):
-            self._send(peer, message)
-        if failed is not None and failed[0].epoch == state.epoch:
-            self._send(peer, m.FlushFailed(failed[0].step, failed[1]))
+        for news in repeats.news(state, rank):
+            self._send(peer, news)
+
+    def _adopt_unheard(self, message: m.Hello) -> None:
+        """An epoch whose Begin went to a daemon that has lost its memory: this one takes its place. Of a job on several
+        nodes it is no member: nothing is captured until the next epoch."""
+        alone = len(message.ranks) == message.world
+        begin = adopted(self.state.cluster, message.epoch, message.restore_point, alone=alone)
+        self._adopt(begin, message.world, message.ranks, message.policy)
 
     def _repeat_layout(self, peer: int, rank: int, returns: bool) -> None:
         """What a rank may have missed of a survey, or of what came out of it."""
         state, member = self.state, self.members[rank]
-        if not state.surveying and len(state.layouts) < state.world:
-            self._start_survey()
+        if not state.surveying and len(state.layouts) < len(state.ranks):
+            self._start_survey(state.generation + 1)
         elif state.surveying and not member.pieces:
             self._send(peer, m.Survey(state.generation))
         elif state.surveying and self._planned and member.layout is None:
-            self._send(peer, m.Plan(state.generation), pieces=tuple(range(state.world)))
+            self._send(peer, m.Plan(state.generation), pieces=True)
         elif not state.surveying and returns:
             again = repeats.allotted(state, peer, rank)
             if again is not None:
@@ -312,7 +289,24 @@ class NodeMachine:
                 self.state.table.writer_ended(self.state.instances[rank])
         self.members.clear()
 
-    # --- outcomes of grants
+    # --- grants and their outcomes
+
+    def _issue(self, capture: cluster.Capture) -> None:
+        """Grants a snapshot to every rank of the node, if every rank has a free slot."""
+        state = self.state
+        assert state.epoch is not None
+        slots: dict[int, int] = {}
+        for rank in state.ranks:
+            vacant = state.table.vacant(rank, state.layouts[rank], state.instances[rank])
+            if not vacant:
+                self.job.missed(capture.snapshot)
+                return
+            slots[rank] = vacant[0]
+        number = capture.snapshot.step
+        granted = Granted(state.epoch, number, capture.step, slots, dict(state.instances), compare=capture.compare)
+        state.table.granted.append(granted)
+        for rank in slots:
+            self._send_rank(rank, repeats.grant(granted, rank))
 
     def _outcome(self, rank: int, message: m.Captured | m.Missed) -> None:
         epoch = self.state.epoch
@@ -327,33 +321,38 @@ class NodeMachine:
         self.state.table.answer(granted, rank, None)
         if first:
             self._count(f"missed_{message.reason}")
-            if message.reason == "late" and self._cadence is not None:
-                self._cadence.late()
+            granted.late = message.reason == "late"
             if message.reason == "layout":
-                self._start_survey()
+                self._start_survey(self.state.generation + 1)
 
     def _captured(self, rank: int, granted: Granted, message: m.Captured) -> None:
         """Where what ranks have in common turns out to differ, the layout is made anew: each keeps its own."""
         if not self.state.table.answer(granted, rank, message.step, message.replicas):
-            self._count("replicas_differ")
-            self._start_survey()
-        if rank == 0 and self._cadence is not None and not granted.compare:
-            self._cadence.observe(message.stall_s, self.members[rank].step_s)
+            self._differ()
+        self.job.used(granted.name, message.step)
+        step_s = self.members[rank].step_s
+        if rank == 0 and not granted.compare and step_s > 0:
+            self._cost = message.stall_s / step_s
+
+    def _differ(self) -> None:
+        self._count("replicas_differ")
+        self._start_survey(self.state.generation + 1)
 
     def _kill(self, granted: Granted) -> None:
-        """NotSealed: tells the writers that have not answered."""
+        """NotSealed: tells the writers that have not answered, and the job."""
         granted.dead = True
         if granted.told:
             return
         granted.told = True
         self._count("skipped")
+        self.job.missed(granted.name, granted.late)
         for rank in granted.silent:
             self._send_rank(rank, m.Revoke(granted.grant))
 
     # --- requests
 
     def _flush(self, peer: int, message: m.Flush) -> None:
-        store, newest = message.to or self.state.own_store, self.state.newest()
+        store, newest = message.to or self.state.own_store, self.state.cluster.newest
         if store is None:
             self._refuse(peer, "ConfigError", f"job {self.state.job!r} has no store; name one")
         elif newest is None:
@@ -363,7 +362,7 @@ class NodeMachine:
 
     def _terminating(self, peer: int) -> None:
         """A rank got SIGTERM. Where another rank is already dead, a restart is under way and memory is enough."""
-        store, newest = self.state.own_store, self.state.newest()
+        store, newest = self.state.own_store, self.state.cluster.newest
         if store is None or newest is None or self.state.left:
             self._send(peer, m.Drained(None))
         else:
@@ -372,38 +371,68 @@ class NodeMachine:
     def _want_durable(
         self, peer: int, target: SnapshotId, store: str, answer: Callable[[int | None], m.Message]
     ) -> None:
-        if store == self.state.own_store and self.state.durable is not None and self.state.durable >= target:
-            self._send(peer, answer(self.state.durable.step))
+        durable = self.state.cluster.durable
+        if store == self.state.own_store and durable is not None and self._is_durable(target):
+            self._send(peer, answer(durable.step))
         else:
-            self._flushes.ask(Request(peer, target, store, answer))
+            self._requests.ask(Request(peer, target, store, answer), self.state.cluster.ended)
+
+    def _is_durable(self, target: SnapshotId) -> bool:
+        """The job's own store has it, or something newer."""
+        holding, durable = self.state.cluster.find(target), self.state.cluster.durable
+        name = None if holding is None else holding.name
+        return name is not None and durable is not None and durable >= name
 
     # --- what follows from the state: run after every event
 
     def _advance(self) -> None:
-        if not self.state.frozen:
-            self._break()
-            self._seal()
-            self._free()
-            self._plan()
-            self._grant()
-        self._start_flush()
+        """Until the job's decisions and this node's outcomes have nothing to say to each other."""
+        while True:
+            if not self.state.frozen:
+                self._break()
+                self._seal()
+                self._retire()
+                self._plan()
+                self._satisfy()
+                self._wish_for_itself()
+            self.job.now_s = self._now_s
+            self.job.stands(self._standing())
+            actions = self.job.take()
+            for action in actions:
+                self._carry_out(action)
+            if not actions:
+                break
         self._settle()
 
-    def _seal(self) -> None:
-        for sealed in list(self.state.table.seal()):
-            if sealed.snapshot.epoch == self.state.epoch:
-                self._count("sealed")
-                self._note_compared(sealed.compared)
-                if self._cadence is not None:
-                    self._cadence.sealed()
-                self.members.satisfied(sealed.snapshot.step)
-                self._broadcast(m.Reached(sealed.snapshot.step, Level.SEALED))
-
-    def _note_compared(self, compared: bool) -> None:
-        if compared:
-            self.state.uncompared = 0
-        elif self.state.uncompared is not None:
-            self.state.uncompared += 1
+    def _carry_out(self, action: cluster.MemberAction) -> None:
+        """What the job has decided, as far as it is this node's to do."""
+        match action:
+            case cluster.Capture():
+                self._issue(action)
+            case cluster.Revoke():
+                granted = self.state.table.find(action.snapshot.epoch, action.snapshot.step)
+                if granted is not None:
+                    self._kill(granted)
+            case cluster.Free(part="data"):
+                self.state.table.free(action.snapshot)
+                self._out.append(action)
+            case cluster.Announce():
+                self._announce(action)
+            case cluster.FlushEnded():
+                self._flush_ended(action.outcome)
+            case cluster.Survey():
+                if action.generation > self.state.generation:
+                    self._start_survey(action.generation)
+            case cluster.Differ():
+                self._differ()
+            case cluster.Gather():
+                self._gather(action)
+            case cluster.Disband():
+                self._disbanded = True
+            case cluster.Leave():
+                pass  # one that serves ranks stays with them; any other goes when nobody comes for too long
+            case _:
+                self._out.append(action)
 
     def _break(self) -> None:
         """A rank that has left or is dead never answers: what it was to capture is NotSealed."""
@@ -411,39 +440,89 @@ class NodeMachine:
             if granted.dead or (granted.epoch == self.state.epoch and self.state.left.intersection(granted.silent)):
                 self._kill(granted)
 
-    def _pinned(self) -> set[SnapshotId]:
-        """Sealed snapshots that must stay: newest, being flushed, and the restore point until something newer."""
-        state = self.state
-        newest = state.table.newest(state.epoch)
-        pinned = {newest.snapshot} if newest else {state.restore_point} if state.restore_point else set()
-        if self._flushes.running is not None:
-            pinned.add(self._flushes.running.snapshot)
-        return pinned
+    def _seal(self) -> None:
+        """What every rank here has captured is sealed, as far as this node is concerned."""
+        for granted in list(self.state.table.seal()):
+            assert granted.step is not None
+            if not self.job.captured(granted.name, granted.step, granted.replicas):
+                self.state.table.free(granted.name)
 
-    def _free(self) -> None:
-        self.state.table.keep(self._pinned())
-        if len(self.state.layouts) == self.state.world:
+    def _announce(self, action: cluster.Announce) -> None:
+        """A level has been reached; the restore point's are known to those who restored it."""
+        if action.snapshot.epoch != self.state.epoch:
+            return
+        if action.level is Level.SEALED:
+            self._count("sealed")
+            self.members.satisfied(action.step)
+        elif self.state.parity:
+            self._count("protected")
+        else:
+            return
+        self._broadcast(m.Reached(action.step, action.level, action.snapshot.step))
+
+    def _flush_ended(self, outcome: Outcome) -> None:
+        flush, error = outcome.flush, outcome.error
+        own, current = flush.store == self.state.own_store, flush.snapshot.epoch == self.state.epoch
+        self._count("flushed" if error is None else "flush_errors")
+        if error is not None:
+            self.state.last_error = error = error[: m.MAX_TEXT]
+        if own and current:
+            self._broadcast(m.Reached(flush.step, Level.DURABLE) if error is None else m.FlushFailed(flush.step, error))
+        for request in self._requests.ended(outcome):
+            if error is None:
+                self._send(request.peer, request.answer(flush.step))
+            else:
+                self._refuse(request.peer, "StoreError", error)
+
+    def _satisfy(self) -> None:
+        """Who asks for a step that is sealed already is told so."""
+        newest = self.state.cluster.newest
+        if newest is None or newest.step is None or newest.snapshot.epoch != self.state.epoch:
+            return
+        asking = [rank for rank, member in self.members.present() if member.wants is not None]
+        self.members.satisfied(newest.step)
+        for rank in asking:
+            if self.members[rank].wants is None:
+                self._send_rank(rank, m.Reached(newest.step, Level.SEALED, newest.snapshot.step))
+
+    def _retire(self) -> None:
+        """Slots that fit no layout go as soon as they hold nothing."""
+        if len(self.state.layouts) == len(self.state.ranks):
             self._out += [Drop(slot.slot) for slot in self.state.table.retire(self.state.layouts)]
 
-    def _start_survey(self) -> None:
+    # --- layouts
+
+    def _start_survey(self, generation: int) -> None:
         """The layout is unknown or has changed: ask every rank for its pieces. Nothing is captured by the old one."""
-        self.state.generation += 1
+        self.state.generation = generation
         self.state.surveying, self._planned = True, False
         for granted in self.state.table.granted:
             self._kill(granted)
         self.members.forget_layouts()
-        self._broadcast(m.Survey(self.state.generation))
+        self._broadcast(m.Survey(generation))
+
+    def _gather(self, action: cluster.Gather) -> None:
+        """The pieces of all ranks of the job are there. Those of other nodes are fetched first."""
+        if action.generation != self.state.generation or not self.state.surveying or self._planned:
+            return
+        if len(self.state.ranks) < self.state.world:
+            self._out.append(action)
+        else:
+            self.gathered(action.generation)
+
+    def gathered(self, generation: int) -> None:
+        """The pieces of all ranks of the job are here."""
+        if generation == self.state.generation and self.state.surveying and not self._planned:
+            self._planned = True
+            self._broadcast(m.Plan(generation), pieces=True)
 
     def _plan(self) -> None:
-        """Pieces of all -> Plan to all; layouts of all -> slots for all."""
-        if len(self.members) < self.state.world or not self.state.surveying:
+        """Layouts of all -> slots for all."""
+        if not self.state.surveying or len(self.members) < len(self.state.ranks):
             return
-        members = [self.members[rank] for rank in range(self.state.world)]
-        if all(member.layout is not None for member in members):
-            self._allot([member.layout for member in members if member.layout is not None])
-        elif all(member.pieces for member in members) and not self._planned:
-            self._planned = True
-            self._broadcast(m.Plan(self.state.generation), pieces=tuple(range(self.state.world)))
+        layouts = [self.members[rank].layout for rank in self.state.ranks]
+        if all(layout is not None for layout in layouts):
+            self._allot([layout for layout in layouts if layout is not None])
 
     def _allot(self, layouts: list[m.Layout]) -> None:
         """Slots for all; idle ones that fit nobody make room first."""
@@ -456,85 +535,50 @@ class NodeMachine:
             assert made.complaint is not None
             self._broadcast(m.Refuse("ConfigError", made.complaint))
             return
-        for rank, (reuse, create) in enumerate(made.allotments):
+        for rank, (reuse, create) in zip(state.ranks, made.allotments, strict=True):
             self._send_rank(rank, m.Allot(state.generation, reuse, create), slots=tuple(reuse))
 
-    def _grant(self) -> None:
+    # --- where the node stands
+
+    def _standing(self) -> Standing:
+        """What the root is told of this node's ranks."""
         state = self.state
         present = [member for _, member in self.members.present()]
-        if len(present) < state.world or state.left or state.closed or state.surveying or self._draining:
-            return
-        if len(state.layouts) < state.world or self._cadence is None:
-            return
-        wants = {member.wants for member in present}
-        if wants != {None}:
-            self._grant_on_request(wants)
-            return
-        boundary = max(member.boundary for member in present)
-        while boundary >= 0:
-            step = self._cadence.next_step(boundary, state.granted_step)
-            alive = [g for g in state.table.granted if not g.dead]
-            if len(alive) >= PIPELINE or step > boundary + self._cadence.lead + 1 or not self._issue(step):
-                return
-
-    def _grant_on_request(self, wants: set[int | None]) -> None:
-        """Every rank stands at one boundary: what is granted beyond it is taken back, then that step is granted."""
-        if len(wants) != 1:
-            return
-        (step,) = wants
-        assert step is not None
-        assert self.state.epoch is not None
-        newest = self.state.table.newest(self.state.epoch)
-        if newest is not None and newest.snapshot.step >= step:
-            self.members.satisfied(step)
-            self._broadcast(m.Reached(newest.snapshot.step, Level.SEALED))
-            return
-        mine = [granted for granted in self.state.table.granted if granted.epoch == self.state.epoch]
-        for granted in mine:
-            if granted.step is None and granted.grant != step:
-                self._kill(granted)
-        if not any(step in (granted.step, granted.grant) for granted in mine):
-            self._issue(step)
-
-    def _issue(self, step: int) -> bool:
-        """Grants `step` to every rank if every rank has a free slot."""
-        state = self.state
-        assert state.epoch is not None
-        slots: dict[int, int] = {}
-        for rank in range(state.world):
-            free = state.table.free(rank, state.layouts[rank], state.instances[rank])
-            if not free:
-                return False
-            slots[rank] = free[0]
-        compare = state.uncompared is None or state.uncompared >= COMPARE_EVERY - 1
-        state.table.granted.append(Granted(state.epoch, step, slots, dict(state.instances), compare=compare))
-        state.granted_step = max(state.granted_step, step)
-        for rank, slot in slots.items():
-            self._send_rank(rank, m.Grant(step, slot, compare))
-        return True
-
-    def _start_flush(self) -> None:
-        newest, policy = self.state.newest(), self.state.policy
-        if newest is None:
-            return
-        keep = None if policy is None else policy.keep
-        started = self._flushes.start(newest, self.state.own_store, self._due(newest.snapshot), keep)
-        if started is not None:
-            if self._cadence is not None and started.store == self.state.own_store:
-                self._cadence.flushed(newest.snapshot.step, self._now_s)
-            self._out.append(started)
-
-    def _due(self, snapshot: SnapshotId) -> bool:
-        """Whether the newest sealed snapshot should be flushed without being asked."""
-        failed, durable = self._flushes.failed, self.state.durable
-        if (failed is not None and failed[0] == snapshot) or (durable is not None and durable >= snapshot):
-            return False
-        if self._draining or self._abandoned:
-            return True
-        cadence = self._cadence
-        return (
-            snapshot.epoch == self.state.epoch and cadence is not None and cadence.flush_due(snapshot.step, self._now_s)
+        wants = {member.wants for member in present} if len(present) == len(state.ranks) else {None}
+        asked = wants.pop() if len(wants) == 1 else None
+        surveyed = state.surveying and not all(
+            rank in self.members and self.members[rank].pieces for rank in state.ranks
         )
+        return Standing(
+            boundary=max((member.boundary for member in present), default=-1),
+            room=self._room(present),
+            asked=asked,
+            asking=any(member.wants is not None for member in present),
+            cost=self._cost,
+            survey=state.generation,
+            pieces=state.generation - 1 if surveyed else state.generation,
+            wishes=self._requests.wishes(),
+            closed=bool(state.ranks) and len(state.closed) == len(state.ranks),
+        )
+
+    def _room(self, present: list[Member]) -> int:
+        """How many snapshots may be in the making here at once."""
+        state = self.state
+        ready = len(present) == len(state.ranks) and len(state.layouts) == len(state.ranks)
+        if not ready or state.left or state.closed or state.surveying or self._draining:
+            return 0
+        vacant = (state.table.vacant(rank, state.layouts[rank], state.instances[rank]) for rank in state.ranks)
+        under_way = sum(not granted.dead and granted.epoch == state.epoch for granted in state.table.granted)
+        return min((len(slots) for slots in vacant), default=0) + under_way
+
+    def _wish_for_itself(self) -> bool:
+        """A node that ends, or that all its ranks have left, wants the newest snapshot durable. Whether it waits."""
+        newest, store = self.state.cluster.newest, self.state.own_store
+        if newest is None or store is None or not (self._draining or self._abandoned) or self.state.frozen:
+            return False
+        if self._is_durable(newest.snapshot):
+            return False
+        return self._requests.want(newest.snapshot, store, self.state.cluster.last)
 
     @property
     def _abandoned(self) -> bool:
@@ -545,14 +589,16 @@ class NodeMachine:
             for rank in joined
         )
 
+    # --- the end
+
     def _settle(self) -> None:
         """Leave when the job is closed, or when nobody has come for too long."""
-        if self._flushes.running is not None or self._flushes.requests:
+        if self.state.cluster.flushing is not None or self._requests.open or self._wish_for_itself():
             return
         if self._draining:
             self._out.append(Exit("asked to end by a signal"))
             return
-        if self.state.world and len(self.state.closed) == self.state.world:
+        if self._disbanded:
             self._broadcast(m.Closed())
             self._out.append(Exit("the job has closed"))
             return
@@ -570,7 +616,7 @@ class NodeMachine:
         connected = {rank: member.boundary for rank, member in self.members.present()}
         return {
             **describe(self.state, connected),
-            "interval": self._cadence.interval if self._cadence else None,
+            "interval": self.job.interval,
             "lingering_s": self._quiet.lasted_s(self._now_s),
         }
 
@@ -593,5 +639,10 @@ class NodeMachine:
             self._send_rank(rank, message, **descriptors)
 
 
-def _step(snapshot: SnapshotId | None) -> int:
-    return 0 if snapshot is None else snapshot.step
+def _complaint(world: int, ranks: list[int]) -> str | None:
+    """What is wrong with the ranks of a node."""
+    if not 0 < len(ranks) <= MAX_RANKS:
+        return f"{len(ranks)} ranks on one node; 1 to {MAX_RANKS} are served"
+    if ranks != sorted(set(ranks)) or ranks[-1] >= world:
+        return f"ranks {ranks} of {world}: expected some of the job's, each once, in order"
+    return None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from ckptd.core.types import Level
 from ckptd.protocol import messages as m
 from ckptd.protocol.actions import Send
+from ckptd.protocol.slots import Granted
 from ckptd.protocol.state import NodeState
 
 
 def welcome(state: NodeState, peer: int, rank: int) -> Send:
     """The slots that are here, and the descriptors of the restore point as long as it is held."""
-    point = None if state.restore_point is None else state.table.holding(state.restore_point)
+    point = None if state.cluster.point is None else state.table.holding(state.cluster.point)
     readable = () if point is None else tuple(point.slots[r] for r in sorted(point.slots))
     slots = [slot for number in readable if (slot := state.table.get(number)) is not None]
     restore = [m.SlotInfo(s.slot, s.rank, s.digest, s.size, s.frozen_bytes) for s in slots]
@@ -31,15 +32,25 @@ def allotted(state: NodeState, peer: int, rank: int) -> Send | None:
 
 
 def news(state: NodeState, rank: int) -> list[m.Message]:
-    """Grants that the rank has not answered, and the levels reached."""
+    """Grants that the rank has not answered, the levels reached, and the failure of the last flush."""
     found: list[m.Message] = [
-        m.Revoke(granted.grant) if granted.dead else m.Grant(granted.grant, granted.slots[rank], granted.compare)
+        m.Revoke(granted.grant) if granted.dead else grant(granted, rank)
         for granted in state.table.granted
         if granted.epoch == state.epoch and rank in granted.silent
     ]
-    newest = state.table.newest(state.epoch)
-    if newest is not None:
-        found.append(m.Reached(newest.snapshot.step, Level.SEALED))
-    if state.durable is not None and state.durable.epoch == state.epoch:
-        found.append(m.Reached(state.durable.step, Level.DURABLE))
+    newest, durable, last = state.cluster.newest, state.cluster.durable, state.cluster.last
+    if newest is not None and newest.snapshot.epoch == state.epoch:
+        found.append(m.Reached(newest.step or 0, Level.SEALED, newest.snapshot.step))
+    if state.cluster.confirmed and (step := state.cluster.protected_step) is not None:
+        found.append(m.Reached(step, Level.PROTECTED))
+    if durable is not None and durable.epoch == state.epoch:
+        found.append(m.Reached(durable.step, Level.DURABLE))
+    own = last is not None and (last.flush.store, last.flush.snapshot.epoch) == (state.own_store, state.epoch)
+    if last is not None and last.error is not None and own:
+        found.append(m.FlushFailed(last.flush.step, last.error))
     return found
+
+
+def grant(granted: Granted, rank: int) -> m.Grant:
+    """What a rank is told of a snapshot that it is to capture."""
+    return m.Grant(granted.grant, granted.at, granted.slots[rank], granted.compare)

@@ -6,14 +6,14 @@ Rules (docs/protocol.md, "Slots"):
 - A granted snapshot ends in exactly one way: every writer captured the same step (sealed), or it is dead. A dead one
   keeps the slots of those writers that have not answered yet, since they may still be writing, until they answer or
   their process has ended (quarantine).
-- The newest sealed snapshot, the one being flushed and a pinned restore point are kept; all older ones are freed.
+- What is sealed here stays until the member machine frees it.
 - Where ranks say what they hold in common, they say the same, or the snapshot is dead.
-- Numbers of slots and, within an epoch, of grants by cadence are never used twice.
+- Numbers of slots and, within an epoch, of grants are never used twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -36,20 +36,27 @@ class Slot(msgspec.Struct):
 
 
 class Granted(msgspec.Struct):
-    """A snapshot in the making: `grant` names it until its step is known. `outcome`: rank -> captured or not. `dead`:
-    it will never be sealed; `told`: so its writers were told. `compare`: the ranks say what they hold in common, and
-    `replicas` is what has been said."""
+    """A snapshot in the making: grant number `grant`, to be used from the boundary of `at` on. `outcome`: rank ->
+    captured or not. `dead`: it will never be sealed; `told`: so its writers were told; `late`: since it came too late.
+    `compare`: the ranks say what they hold in common, and `replicas` is what has been said."""
 
     epoch: Epoch
     grant: int
+    at: int
     slots: dict[int, int]
     writers: dict[int, str]
     step: int | None = None
     outcome: dict[int, bool] = {}
     dead: bool = False
     told: bool = False
+    late: bool = False
     compare: bool = False
     replicas: dict[int, int] = {}
+
+    @property
+    def name(self) -> SnapshotId:
+        """As the daemons of the job know it."""
+        return SnapshotId(self.epoch, self.grant)
 
     @property
     def complete(self) -> bool:
@@ -62,12 +69,13 @@ class Granted(msgspec.Struct):
         return [rank for rank in self.writers if rank not in self.outcome]
 
 
-class Sealed(msgspec.Struct):
-    """A snapshot that every rank has captured: rank -> slot. `compared`: what ranks have in common was the same."""
+class Sealed(msgspec.Struct, frozen=True):
+    """A snapshot that every rank of the node has captured: rank -> slot. Daemons know it by its `grant`, slots and
+    stores by its step (`snapshot`)."""
 
     snapshot: SnapshotId
+    grant: SnapshotId
     slots: dict[int, int]
-    compared: bool = False
 
 
 def memory_bytes(slots: Iterable[Slot]) -> int:
@@ -113,7 +121,7 @@ class SlotTable(msgspec.Struct):
             used |= {granted.slots[rank] for rank in ranks}
         return used
 
-    def free(self, rank: int, digest: str, owner: str) -> list[int]:
+    def vacant(self, rank: int, digest: str, owner: str) -> list[int]:
         """Slots that a rank's process has mapped and that may be granted for a layout."""
         busy = self.busy()
         return [
@@ -127,17 +135,9 @@ class SlotTable(msgspec.Struct):
         """The snapshot granted under that number."""
         return next((g for g in self.granted if g.epoch == epoch and g.grant == grant), None)
 
-    def newest(self, epoch: Epoch | None = None) -> Sealed | None:
-        """The newest sealed snapshot (of an epoch)."""
-        return max(
-            (s for s in self.sealed if epoch is None or s.snapshot.epoch == epoch),
-            key=lambda s: s.snapshot,
-            default=None,
-        )
-
-    def holding(self, snapshot: SnapshotId) -> Sealed | None:
-        """The sealed snapshot of that name."""
-        return next((s for s in self.sealed if s.snapshot == snapshot), None)
+    def holding(self, grant: SnapshotId) -> Sealed | None:
+        """The sealed snapshot of that grant."""
+        return next((s for s in self.sealed if s.grant == grant), None)
 
     def answer(self, granted: Granted, rank: int, step: int | None, replicas: Mapping[int, int] | None = None) -> bool:
         """A writer's outcome: the step it captured, or None. Outcomes never change. Whether the `replicas` agree with
@@ -158,22 +158,19 @@ class SlotTable(msgspec.Struct):
             for rank in [r for r in granted.silent if granted.writers[r] == instance]:
                 self.answer(granted, rank, None)
 
-    def seal(self) -> Iterator[Sealed]:
-        """Moves complete snapshots to the sealed ones and yields them; forgets dead ones that all have answered. A step
-        is sealed once: a second snapshot of it is forgotten."""
+    def seal(self) -> Iterator[Granted]:
+        """Moves complete snapshots to the sealed ones and yields them; forgets dead ones that all have answered."""
         for granted in list(self.granted):
             if granted.complete and granted.step is not None:
                 self.granted.remove(granted)
-                sealed = Sealed(SnapshotId(granted.epoch, granted.step), granted.slots, granted.compare)
-                if self.holding(sealed.snapshot) is None:
-                    self.sealed.append(sealed)
-                    yield sealed
+                self.sealed.append(Sealed(SnapshotId(granted.epoch, granted.step), granted.name, granted.slots))
+                yield granted
             elif granted.dead and not granted.silent:
                 self.granted.remove(granted)
 
-    def keep(self, snapshots: Collection[SnapshotId]) -> None:
-        """Frees the slots of every sealed snapshot that is not named."""
-        self.sealed = [s for s in self.sealed if s.snapshot in snapshots]
+    def free(self, grant: SnapshotId) -> None:
+        """What the slots of a snapshot hold is needed no more."""
+        self.sealed = [s for s in self.sealed if s.grant != grant]
 
     def retire(self, layouts: Mapping[int, str]) -> list[Slot]:
         """Removes idle slots that are surplus or fit no rank's current layout, and returns them."""

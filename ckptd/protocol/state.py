@@ -7,47 +7,54 @@ from typing import Any
 
 import msgspec
 
-from ckptd.core.lineage import EpochRecord
-from ckptd.core.types import Epoch, SnapshotId
+from ckptd.core.types import Epoch
+from ckptd.protocol.cluster import state as cluster
 from ckptd.protocol.messages import Policy
 from ckptd.protocol.slots import Sealed, SlotTable, memory_bytes
 
-MAX_RECORDS = 1000
-"""Epochs remembered: a Promise that lists them fits a packet. The store has them all."""
-
 
 class NodeState(msgspec.Struct):
-    """See docs/protocol.md. `layouts` are per rank; `instances`: rank -> its process in this epoch;
-    `left`: ranks whose process is dead or has left; `closed`: ranks that have finished; `processes`: instance ->
-    (pid, start time) of every process that may be alive, of older epochs too; `granted_step`: the last grant of this
-    epoch, so that no grant is numbered like another; `uncompared`: snapshots sealed since one in which the ranks
-    compared what they have in common, None where none has been since the layout is known."""
+    """See docs/protocol.md. `cluster`: epochs, snapshots, and what the nodes of the job agree on; `world`: ranks of the
+    job, `ranks`: those of this node; `layouts` are per rank; `instances`: rank -> its process in this epoch; `left`:
+    ranks whose process is dead or has left; `closed`: ranks that have finished; `processes`: instance -> (pid, start
+    time) of every process that may be alive, of older epochs too."""
 
     job: str
-    promised: Epoch | None = None
-    epoch: Epoch | None = None
+    cluster: cluster.ClusterState
     world: int = 0
+    ranks: list[int] = []
     policy: Policy | None = None
-    restore_point: SnapshotId | None = None
-    granted_step: int = 0
     instances: dict[int, str] = {}
     left: set[int] = set()
     closed: set[int] = set()
-    records: list[EpochRecord] = []
     table: SlotTable = msgspec.field(default_factory=SlotTable)
     layouts: dict[int, str] = {}
     generation: int = 0
     surveying: bool = False
-    uncompared: int | None = None
-    durable: SnapshotId | None = None
     processes: dict[str, tuple[int, int]] = {}
     counters: dict[str, int] = {}
     last_error: str | None = None
 
     @property
+    def epoch(self) -> Epoch | None:
+        """The epoch that has begun here."""
+        return self.cluster.epoch
+
+    @property
+    def promised(self) -> Epoch | None:
+        """The highest epoch promised; nothing below it is served."""
+        return self.cluster.promised
+
+    @property
     def frozen(self) -> bool:
         """A newer epoch is promised and has not begun: nothing is sealed, granted or freed."""
-        return self.epoch is None or (self.promised or self.epoch) > self.epoch
+        return self.cluster.frozen
+
+    @property
+    def parity(self) -> int:
+        """Losses in a group that snapshots are protected against."""
+        membership = self.cluster.membership
+        return 0 if membership is None else membership.shape.parity
 
     @property
     def own_store(self) -> str | None:
@@ -67,30 +74,24 @@ class NodeState(msgspec.Struct):
         """Some rank's process is known to live and has not left: it comes back to a daemon that was killed."""
         return any(self.is_visible(rank) for rank in self.instances if rank not in self.left)
 
-    def is_live(self, snapshot: SnapshotId) -> bool:
-        """The live branch has it: of this epoch, or what this epoch started from."""
-        return snapshot.epoch == self.epoch or snapshot == self.restore_point
-
-    def newest(self) -> Sealed | None:
-        """The newest sealed snapshot of the live branch: of this epoch, else the restore point if memory holds it."""
-        point = self.restore_point
-        return self.table.newest(self.epoch) or (None if point is None else self.table.holding(point))
-
-    def begin(self, epoch: Epoch, world: int, point: SnapshotId | None, policy: Policy) -> list[int]:
+    def begin(self, world: int, ranks: list[int], policy: Policy) -> list[int]:
         """A new epoch: its ranks are not here yet, and whatever older ones had under way is dead. Returns the slots
         that older ones were still making, which nobody waits for any more."""
-        if self.durable is not None and (policy.store != self.own_store or point is None or self.durable > point):
-            self.durable = None  # in another store, or on a branch that is left: it says nothing about this epoch
-        self.promised = self.epoch = epoch
-        self.world, self.policy, self.restore_point = world, policy, point
-        self.records = [*self.records, EpochRecord(epoch, point)][-MAX_RECORDS:]
-        self.layouts, self.granted_step = {}, 0
+        if policy.store != self.own_store:
+            self.cluster.durable = None  # in another store: it says nothing about this epoch
+        self.world, self.ranks, self.policy = world, ranks, policy
+        self.layouts = {}
         self.instances, self.left, self.closed = {}, set(), set()
         for granted in self.table.granted:
             granted.dead = granted.told = True
         unfinished = [slot.slot for slot in self.table.slots if not slot.ready]
         self.table.slots = [slot for slot in self.table.slots if slot.ready]
         return unfinished
+
+    def newest(self) -> Sealed | None:
+        """The newest snapshot of the live branch that is sealed by all, as far as it is held here."""
+        found = self.cluster.newest
+        return None if found is None else self.table.holding(found.snapshot)
 
 
 def recover(state: NodeState, held: Collection[int]) -> list[int]:
@@ -105,6 +106,8 @@ def recover(state: NodeState, held: Collection[int]) -> list[int]:
     table.sealed = [sealed for sealed in table.sealed if not lost & set(sealed.slots.values())]
     for granted in table.granted:
         granted.dead = granted.dead or bool(lost & set(granted.slots.values()))
+    for grant, _ in cluster.recover(state.cluster, [sealed.grant for sealed in table.sealed], []):
+        table.free(grant)
     if lost:
         state.surveying = True
         state.generation += 1
@@ -119,8 +122,8 @@ def describe(state: NodeState, connected: Mapping[int, int]) -> dict[str, Any]:
     def use(slot: int, ready: bool) -> str:
         return "held" if slot in held else "granted" if slot in busy else "free" if ready else "creating"
 
-    newest = state.table.newest()
-    sealed = None if newest is None else newest.snapshot.step
+    newest, durable = state.cluster.newest, state.cluster.durable
+    sealed = None if newest is None else newest.step
     boundaries = {rank: boundary if boundary >= 0 else None for rank, boundary in connected.items()}
     captured = [g.step for g in state.table.granted if g.step is not None]
     return {
@@ -142,8 +145,8 @@ def describe(state: NodeState, connected: Mapping[int, int]) -> dict[str, Any]:
         "newest": {
             "captured": max(captured, default=sealed),
             "sealed": sealed,
-            "protected": None,
-            "durable": None if state.durable is None else state.durable.step,
+            "protected": state.cluster.protected_step,
+            "durable": None if durable is None else durable.step,
         },
         "slots": [
             {"rank": s.rank, "slot": s.slot, "state": use(s.slot, s.ready), "step": held.get(s.slot), "bytes": s.size}

@@ -77,7 +77,7 @@ class Capture:
         self._requested: int | None = None
         self._capturing: int | None = None
         self._standing: list[m.Message] = []
-        self._sealed = -1
+        self._sealed = self._protected = -1
         self._durable = durable
         self._answers: list[m.Message] = []
         self._failed_flush: tuple[int, str] | None = None
@@ -231,12 +231,14 @@ class Capture:
 
     def _wakes(self, step: int) -> bool:
         """Something has come that the training thread must act on while it waits in `snapshot`."""
-        due = any(grant <= step and grant not in self._outcomes for grant in self._grants)
+        due = any(grant.step <= step and number not in self._outcomes for number, grant in self._grants.items())
         return due or self._survey is not None or self._sealed >= step or self._refused is not None
 
     def _level(self, step: int) -> Level | None:
         if step <= self._durable:
             return Level.DURABLE
+        if step <= self._protected:
+            return Level.PROTECTED
         if step <= self._sealed:
             return Level.SEALED
         captured = any(isinstance(x, m.Captured) and x.step >= step for x in self._outcomes.values())
@@ -271,7 +273,7 @@ class Capture:
         """The grant to use at the boundary of `step`. Older ones have been overtaken."""
         with self._lock:
             self._passed = max(self._passed, step)
-            due = sorted(g for g in self._grants if g <= step and g not in self._outcomes)
+            due = sorted(n for n, grant in self._grants.items() if grant.step <= step and n not in self._outcomes)
             for grant in due[:-1]:
                 self._settle(m.Missed(grant, "revoked"))
             self._capturing = due[-1] if due else None
@@ -302,7 +304,7 @@ class Capture:
             objects = pack_table(self._state.objects())
             slot = self.memory.slot(grant.slot)
             if slot is None or jobs is None or len(objects) > slot.geometry.objects_bytes:
-                self._settle(m.Missed(grant.step, "layout"))
+                self._settle(m.Missed(grant.grant, "layout"))
                 return
             slot.begin()
             replicas = self.memory.compare(jobs, step) if grant.compare else {}
@@ -317,7 +319,7 @@ class Capture:
                 capture.complete()
         except Exception:  # whatever it is, training goes on
             log.exception("step %d is not captured", step)
-            self._settle(m.Missed(grant.step, "failed"))
+            self._settle(m.Missed(grant.grant, "failed"))
         self._stalled(time.perf_counter() - started)
 
     def _audits(self) -> bool:
@@ -345,7 +347,7 @@ class Capture:
             case m.Grant():
                 self._granted(message)
             case m.Revoke():
-                self._revoked(message.step)
+                self._revoked(message.grant)
             case _:
                 _close_all(descriptors)
                 with self._lock:
@@ -364,29 +366,26 @@ class Capture:
 
     def _granted(self, message: m.Grant) -> None:
         with self._lock:
-            known = self._outcomes.get(message.step)
-            if self._capturing == message.step:
+            known = self._outcomes.get(message.grant)
+            if self._capturing == message.grant:
                 return  # its outcome will be said
-            if known is not None and self._requested == message.step and not _answers(known, message):
-                del self._outcomes[message.step]
-                known = None
-            self._grants[message.step] = message
+            self._grants[message.grant] = message
             late = message.step <= self._passed and message.step != self._requested
             self._changed.notify_all()
         if known is not None:
             self._say(known)
         elif late:
-            self._settle(m.Missed(message.step, "late"))
+            self._settle(m.Missed(message.grant, "late"))
 
-    def _revoked(self, step: int) -> None:
+    def _revoked(self, grant: int) -> None:
         """The daemon takes a grant back. What is being copied under it goes on, and is settled when it ends."""
-        if self._capturing == step:
+        if self._capturing == grant:
             return
-        known = self._outcomes.get(step)
+        known = self._outcomes.get(grant)
         if known is not None:
             self._say(known)
         else:
-            self._settle(m.Missed(step, "revoked"))
+            self._settle(m.Missed(grant, "revoked"))
 
     def _noted(self, message: m.Message) -> None:
         match message:
@@ -395,11 +394,13 @@ class Capture:
             case m.Reached(step=step, level=Level.DURABLE):
                 self._durable = max(self._durable, step)
                 self._failed_flush = None
+            case m.Reached(step=step, level=Level.PROTECTED):
+                self._protected = max(self._protected, step)
             case m.Reached(step=step):
                 if step > self._sealed:
                     self.statistics.snapshots_sealed += 1
                 self._sealed = max(self._sealed, step)
-                self._forget(step)
+                self._forget(message.grant)
             case m.FlushFailed():
                 self._failed_flush = (message.step, message.message)
                 log.error("step %d could not be made durable: %s", message.step, message.message)
@@ -415,15 +416,10 @@ class Capture:
                 self._answers.append(message)
 
     def _forget(self, sealed: int) -> None:
-        """Outcomes of grants up to a sealed step are superseded."""
+        """Outcomes of grants up to one that is sealed are superseded."""
         for grant in [g for g in self._outcomes if g <= sealed]:
             del self._outcomes[grant]
             self._grants.pop(grant, None)
-
-
-def _answers(outcome: m.Captured | m.Missed, grant: m.Grant) -> bool:
-    """Whether an outcome is that of this very grant: a step that is asked for may be granted again."""
-    return isinstance(outcome, m.Captured) and outcome.slot == grant.slot
 
 
 def _close_all(descriptors: list[int]) -> None:

@@ -33,6 +33,7 @@ from ckptd.tiers.arena import SnapshotReader
 from ckptd.tiers.store import Store, StoredCheckpoint, location
 from ckptd.trainer import collective, start
 from ckptd.trainer.capture import Capture, Statistics
+from ckptd.trainer.places import Places
 from ckptd.trainer.restoring import restore_state
 from ckptd.trainer.signals import Terminator
 from ckptd.trainer.state import AppState
@@ -66,6 +67,7 @@ class Checkpointer:
         self._store = None if store is None else location.parse(store).uri
         self._address: Address = address_of(Job(_job_name(self._options.job, self._store)))
         self._group: collective.Group | None = None
+        self._places: Places | None = None
         self._capture: Capture | None = None
         self._session: Session | None = None
         self._terminator: Terminator | None = None
@@ -85,12 +87,7 @@ class Checkpointer:
 
     def __enter__(self) -> Checkpointer:
         self._group = collective.world()
-        if self._options.redundancy not in ("auto", "none"):
-            raise ConfigError(
-                f"redundancy={self._options.redundancy!r} needs several nodes; this version serves jobs on one node: "
-                "use 'auto' or 'none'"
-            )
-        start.check_nodes(self._group, self._world)
+        self._places = Places.find(self._group, self._world, self._options.redundancy)
         return self
 
     def __exit__(
@@ -135,7 +132,7 @@ class Checkpointer:
         """
         if self._restored is not None:
             raise ConfigError("restore: the state is restored already; make a new Checkpointer to restore again")
-        if self._group is None:
+        if self._group is None or self._places is None:
             raise ConfigError("restore: use the Checkpointer as a context manager (`with ckptd.Checkpointer(...)`)")
         self._group.together(self._check_state)
         options = self._options if step is None else dataclasses.replace(self._options, resume=step)
@@ -146,7 +143,8 @@ class Checkpointer:
 
         excluded: list[tuple[SnapshotId, str]] = []
         while True:
-            entry = start.enter(self._address, self._group, options, self._policy(), wanted, excluded)
+            starting = start.Start(self._address, self._group, self._places, options, self._policy(), wanted, excluded)
+            entry = starting.enter()
             choice = entry.choice
             try:
                 age_s = self._load(entry)

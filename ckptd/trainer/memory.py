@@ -199,8 +199,8 @@ class SnapshotMemory:
     # --- the session's thread
 
     def plan(self, generation: int, descriptors: Sequence[int]) -> None:
-        """Every rank's pieces are here, in rank order: decide what this rank captures and ask for slots."""
-        held = [_read_holdings(descriptor) for descriptor in descriptors]
+        """Every rank's pieces are here: decide what this rank captures and ask for slots."""
+        held = _read_holdings(descriptors[0])
         surveyed = self._surveyed
         if surveyed is None or surveyed.generation != generation or held[self._rank].pieces != surveyed.pieces:
             return
@@ -318,9 +318,11 @@ class SnapshotMemory:
         self._say(m.Ready(number), [os.dup(descriptor) for descriptor in slot.descriptors] if fresh else None)
 
 
-def _read_holdings(descriptor: int) -> Holdings:
+def _read_holdings(descriptor: int) -> list[Holdings]:
+    """Of every rank, in rank order."""
     data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-    return msgspec.msgpack.decode(data, type=Holdings)
+    said = msgspec.msgpack.decode(data, type=list[bytes])
+    return [msgspec.msgpack.decode(each, type=Holdings) for each in said]
 
 
 def _placed(catalog: Catalog) -> Catalog:

@@ -1,26 +1,29 @@
-"""Starting an epoch: which number, from which snapshot, with which daemon. Collective.
+"""Starting an epoch: which number, from which snapshot, with which daemons. Collective.
 
-Rank 0 speaks for all (docs/protocol.md, "Epoch"): it takes a number above every number known, has the daemon promise
-it, chooses the newest live snapshot in memory and store, begins the epoch, and tells the others; then every rank says
-Hello. Killed anywhere, the next start does the same again.
+Rank 0 speaks for all (docs/protocol.md, "Epochs"): it takes a number above every number known, has the daemon of each
+node promise it, chooses the newest live snapshot in memory and store, has the epoch begin, and tells the others; then
+every rank says Hello. What rank 0 says to a node's daemon the first rank of that node passes on. Killed anywhere, the
+next start does the same again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import logging
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
 
-from ckptd.core.config import Options, World, node_name
+from ckptd.core.config import Options
 from ckptd.core.errors import ConfigError, DaemonError, FormatError, NotFoundError, StoreError, UnrecoverableError
-from ckptd.core.lineage import EpochRecord, live
+from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.daemon.address import Address
 from ckptd.daemon.client import refusal, request
@@ -28,9 +31,12 @@ from ckptd.daemon.launch import reach
 from ckptd.daemon.session import PATIENCE_S
 from ckptd.daemon.wire import ask
 from ckptd.protocol import messages as m
+from ckptd.protocol.cluster import epoch as cluster
+from ckptd.protocol.cluster import messages as between
 from ckptd.tiers.arena import Slot
 from ckptd.tiers.store import Store
 from ckptd.trainer.collective import Group
+from ckptd.trainer.places import Places
 
 log = logging.getLogger("ckptd")
 
@@ -52,7 +58,8 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class Entry(NamedTuple):
-    """A rank that is in: its connection, its Hello, and the slots of the restore point (read-only, in rank order)."""
+    """A rank that is in: its connection, its Hello, and the slots of the restore point that its node holds (read-only,
+    in rank order)."""
 
     choice: Choice
     connection: socket.socket
@@ -63,91 +70,128 @@ class Entry(NamedTuple):
 Wanted = Callable[[SnapshotId], bool]
 
 
-def check_nodes(group: Group, world: World) -> None:
-    """Raises ConfigError on every rank where the job spans nodes: their memory is not protected by each other yet."""
-    names = [name.decode() for name in group.all_gather(node_name().encode())]
-    if len(set(names)) > 1 or world.local_size != world.size:
-        nodes = ", ".join(sorted(set(names)))
-        raise ConfigError(
-            f"the job's {world.size} ranks run on several nodes ({nodes}; {world.local_size} ranks on this one); "
-            "this version of ckptd serves jobs on one node"
+class _Begun(msgspec.Struct, frozen=True):
+    """What rank 0 has decided."""
+
+    choice: Choice
+    begin: between.Begin
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Who starts, and how. `wanted` narrows what may be restored, `excluded` names (snapshot, source) pairs that proved
+    unreadable."""
+
+    address: Address
+    group: Group
+    places: Places
+    options: Options
+    policy: m.Policy
+    wanted: Wanted
+    excluded: Collection[tuple[SnapshotId, str]] = ()
+
+    def enter(self) -> Entry:
+        """Begins an epoch and joins it. Raises ConfigError, NotFoundError, StoreError, DaemonError, the same on every
+        rank."""
+        choice = self._begin()
+        hello = m.Hello(
+            m.PROTOCOL,
+            self.address.job.name,
+            choice.epoch,
+            self.group.rank,
+            self.group.size,
+            self.places.ranks_here,
+            f"{os.getpid()}-{secrets.token_hex(8)}",
+            choice.snapshot,
+            self.policy,
         )
+        joined: list[tuple[socket.socket, list[Slot]]] = []
+
+        def join() -> bytes:
+            joined.append(_hello(self.address, hello))
+            return b""
+
+        self.group.together(join)
+        connection, slots = joined[0]
+        return Entry(choice, connection, hello, slots)
+
+    def _begin(self) -> Choice:
+        """A daemon that is just leaving, or one that promised a higher number, is asked again: all are."""
+        least = 1
+        failure: DaemonError | None = None
+        for _ in range(ATTEMPTS):
+            try:
+                begun, promised = self._attempt(least)
+            except DaemonError as error:  # the same on every rank
+                failure = error
+                time.sleep(0.1)
+                continue
+            if begun is not None:
+                return begun
+            least = promised + 1
+        raise failure or DaemonError(f"job {self.address.job.name!r}: other launches of it keep starting")
+
+    def _attempt(self, least: int) -> tuple[Choice | None, int]:
+        """The choice, once the epoch has begun everywhere; else the number that is promised already."""
+        surroundings = _Surroundings()
+        encoded = self.group.from_first(lambda: msgspec.msgpack.encode(self._number(least, surroundings)))
+        epoch = msgspec.msgpack.decode(encoded, type=Epoch)
+        with contextlib.ExitStack() as held:
+            connection: list[socket.socket] = []
+
+            def prepare() -> bytes:
+                if not self.places.leads:
+                    return b""
+                connection.append(held.enter_context(reach(self.address)))
+                message = m.Prepare(m.PROTOCOL, self.address.job.name, epoch)
+                answer, _ = ask(connection[0], message, HELLO_S)
+                if isinstance(answer, m.Refuse) and answer.promised is None:
+                    raise refusal(answer)
+                return m.encode(answer)
+
+            answers = [m.decode(answer, "from") for answer in self.group.together(prepare) if answer]
+            refused = [answer.promised for answer in answers if isinstance(answer, m.Refuse)]
+            if refused:
+                return None, max(epoch.number for epoch in refused if epoch is not None)
+            promises = [answer.promise for answer in answers]
+            decide = lambda: msgspec.msgpack.encode(self._decide(epoch, promises, surroundings))  # noqa: E731
+            begun = msgspec.msgpack.decode(self.group.from_first(decide), type=_Begun)
+
+            def begin() -> bytes:
+                if connection:
+                    message = m.Begin(begun.begin, self.group.size, self.places.ranks_here, self.policy)
+                    request(connection[0], message, BEGIN_S)
+                return b""
+
+            self.group.together(begin)
+        return begun.choice, 0
+
+    def _number(self, least: int, found: _Surroundings) -> Epoch:
+        """Rank 0: an epoch above all that the store knows, and at least `least`."""
+        store = None if self.policy.store is None else _writable(self.policy.store)
+        if store is not None:
+            found.stored, found.records = store.checkpoints(), store.records()
+            found.damaged = [] if self.options.resume == "never" else store.damaged()
+        known = [r.epoch.number for r in found.records] + [s.epoch.number for s in found.stored]
+        return Epoch(max([least, *(number + 1 for number in known)]), secrets.token_hex(8))
+
+    def _decide(self, epoch: Epoch, promises: Sequence[between.Promise], found: _Surroundings) -> _Begun:
+        """Rank 0: the restore point, and how the epoch begins from it."""
+        chosen, choice = _choose(epoch, promises, found, self.options, self.wanted, self.excluded)
+        _mind_damage(choice, found.damaged)
+        arenas = [promise.arena for promise in promises]
+        if len(set(arenas)) < len(arenas):
+            raise ConfigError("two nodes of the job are served by one daemon: give each its own CKPTD_RUNTIME_DIR")
+        return _Begun(choice, cluster.beginning(epoch, chosen, arenas, (), self.places.shape))
 
 
-def enter(
-    address: Address,
-    group: Group,
-    options: Options,
-    policy: m.Policy,
-    wanted: Wanted,
-    excluded: Collection[tuple[SnapshotId, str]],
-) -> Entry:
-    """Begins an epoch and joins it. `wanted` narrows what may be restored, `excluded` names (snapshot, source) pairs
-    that proved unreadable. Raises ConfigError, NotFoundError, StoreError, DaemonError, the same on every rank."""
-    encoded = group.together(
-        lambda: (
-            msgspec.msgpack.encode(_begin(address, group.size, options, policy, wanted, excluded))
-            if group.rank == 0
-            else b""
-        )
-    )
-    choice = msgspec.msgpack.decode(encoded[0], type=Choice)
-    hello = m.Hello(
-        m.PROTOCOL,
-        address.job.name,
-        choice.epoch,
-        group.rank,
-        group.size,
-        f"{os.getpid()}-{secrets.token_hex(8)}",
-        choice.snapshot,
-        policy,
-    )
-    joined: list[tuple[socket.socket, list[Slot]]] = []
+@dataclasses.dataclass
+class _Surroundings:
+    """What rank 0 has found in the store."""
 
-    def join() -> bytes:
-        joined.append(_hello(address, hello))
-        return b""
-
-    group.together(join)
-    connection, slots = joined[0]
-    return Entry(choice, connection, hello, slots)
-
-
-def _begin(
-    address: Address,
-    world: int,
-    options: Options,
-    policy: m.Policy,
-    wanted: Wanted,
-    excluded: Collection[tuple[SnapshotId, str]],
-) -> Choice:
-    """Rank 0's part. A daemon that is just leaving, or one that promised a higher number, is asked again."""
-    least = 1
-    failure: DaemonError | None = None
-    for _ in range(ATTEMPTS):
-        store = None if policy.store is None else _writable(policy.store)
-        stored = [] if store is None else store.checkpoints()
-        records = [] if store is None else store.records()
-        damaged = [] if store is None or options.resume == "never" else store.damaged()
-        known = [r.epoch.number for r in records] + [s.epoch.number for s in stored]
-        epoch = Epoch(max([least, *(number + 1 for number in known)]), secrets.token_hex(8))
-        try:
-            with reach(address) as connection:
-                answer, _ = ask(connection, m.Prepare(m.PROTOCOL, address.job.name, epoch), HELLO_S)
-                if isinstance(answer, m.Refuse):
-                    if answer.promised is None:
-                        raise refusal(answer)
-                    least = answer.promised.number + 1
-                    continue
-                choice = _choose(epoch, answer, stored, records, options, wanted, excluded)
-                _mind_damage(choice, damaged)
-                begin = m.Begin(epoch, choice.snapshot, world, policy)
-                request(connection, begin, BEGIN_S)
-                return choice
-        except DaemonError as error:
-            failure = error
-            time.sleep(0.1)
-    raise failure or DaemonError(f"job {address.job.name!r}: other launches of it keep starting on this node")
+    stored: list[SnapshotId] = dataclasses.field(default_factory=list)
+    records: list[EpochRecord] = dataclasses.field(default_factory=list)
+    damaged: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
 def _writable(uri: str) -> Store:
@@ -175,22 +219,21 @@ def _mind_damage(choice: Choice, damaged: Collection[tuple[str, str]]) -> None:
 
 def _choose(
     epoch: Epoch,
-    promise: m.Promise,
-    stored: Collection[SnapshotId],
-    records: Collection[EpochRecord],
+    promises: Sequence[between.Promise],
+    found: _Surroundings,
     options: Options,
     wanted: Wanted,
     excluded: Collection[tuple[SnapshotId, str]],
-) -> Choice:
+) -> tuple[cluster.Choice, Choice]:
     """The newest live snapshot that is wanted, in memory if it is there."""
     if options.resume == "never":
-        return Choice(epoch, None, NOTHING)
-    memory = {s for s in promise.snapshots if (s, MEMORY) not in excluded}
-    durable = {s for s in stored if (s, STORE) not in excluded}
-    lineage = {record.epoch: record for record in [*promise.records, *records]}
-    found = next((s for s in live(memory | durable, lineage.values()) if wanted(s)), None)
-    if found is not None:
-        return Choice(epoch, found, MEMORY if found in memory else STORE, found in durable)
+        return cluster.Choice(None, 0, {}, 0, None), Choice(epoch, None, NOTHING)
+    durable = {snapshot for snapshot in found.stored if (snapshot, STORE) not in excluded}
+    spoiled = {snapshot for snapshot, source in excluded if source == MEMORY}
+    chosen = cluster.choose(promises, found.records, durable, wanted, spoiled)
+    name = chosen.name
+    if name is not None:
+        return chosen, Choice(epoch, name, MEMORY if chosen.held else STORE, name in durable)
     if excluded:
         raise UnrecoverableError(
             "no snapshot that was announced safe can be read: "
@@ -199,11 +242,12 @@ def _choose(
         )
     if options.resume != "auto":
         what = "any snapshot" if options.resume == "must" else f"step {options.resume}"
+        memory = {SnapshotId(held.snapshot.epoch, held.step) for promise in promises for held in promise.held}
         raise NotFoundError(
             f"resume={options.resume!r}: {what} is neither in memory ({len(memory)} there) nor in the store "
             f"({len(durable)} there)"
         )
-    return Choice(epoch, None, NOTHING)
+    return chosen, Choice(epoch, None, NOTHING)
 
 
 def _hello(address: Address, hello: m.Hello) -> tuple[socket.socket, list[Slot]]:

@@ -50,11 +50,11 @@ class Running:
         self.jobs.spread(self.crcs)
         self.slot.commit(self.snapshot, self.crcs, self.objects)
         stall = time.perf_counter() - self.started if stall_s is None else stall_s
-        self._settle(m.Captured(self.grant.step, self.snapshot.step, self.grant.slot, stall, self.replicas))
+        self._settle(m.Captured(self.grant.grant, self.snapshot.step, self.grant.slot, stall, self.replicas))
 
     def missed(self, reason: m.Reason) -> None:
         """The slot holds nothing whole."""
-        self._settle(m.Missed(self.grant.step, reason))
+        self._settle(m.Missed(self.grant.grant, reason))
 
 
 class Window:

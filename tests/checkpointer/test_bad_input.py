@@ -74,7 +74,7 @@ def test_a_parameter_in_an_optimizer_but_in_no_module(home: Home) -> None:
         ({"snapshot_every": 0}, "snapshot_every=0"),
         ({"keep": 0}, "keep=0"),
         ({"resume": "maybe"}, "resume='maybe'"),
-        ({"redundancy": "2+1"}, "one node"),
+        ({"redundancy": "2+1"}, "found 1 node"),
         ({"capture": "sometimes"}, "capture='sometimes'"),
         ({"max_stall_s": -1}, "max_stall_s=-1"),
         ({"job": ""}, "job=''"),

@@ -16,8 +16,8 @@ from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch
 from ckptd.daemon.flush import Stores
 from ckptd.operations.diff import diff
-from ckptd.protocol.actions import StartFlush, WriteRecord
-from ckptd.tiers.arena import Slot, SnapshotReader
+from ckptd.protocol.actions import WriteRecord
+from ckptd.tiers.arena import Slot
 from ckptd.tiers.store import Store, joint
 from ckptd.tiers.store.names import checkpoint
 from tests.flush.snapshots import EPOCH, JOB, SNAPSHOT, captured, check_ranks, files, on_nodes
@@ -209,21 +209,22 @@ def test_a_store_that_is_not_there_is_named(slots: list[Slot], tmp_path: Path) -
 def test_the_flush_of_one_node_removes_what_it_cannot_finish(
     slots: list[Slot], place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    action = StartFlush(SNAPSHOT, (), place, 1)
     daemon = daemons(1)[0]
+
+    def flush() -> bool:
+        daemon.write(SNAPSHOT, place, [slot.duplicate() for slot in slots], 0, 1)
+        return daemon.commit(SNAPSHOT, place, 1, keep=1)
 
     def broken(*arguments: object) -> None:
         raise StoreError("the disk is full")
 
     with monkeypatch.context() as patch:
         patch.setattr(joint, "commit", broken)
-        reader = SnapshotReader(SNAPSHOT, [slot.duplicate() for slot in slots])
         with pytest.raises(StoreError, match="full"):
-            daemon.flush(reader, action)
+            flush()
     assert not (Path(place) / checkpoint(SNAPSHOT)).exists()
-    daemon.flush(reader, action)
-    daemon.flush(reader, action)
-    reader.close()
+    assert flush()
+    assert not flush()
     with Store.open(place).reader(SNAPSHOT) as stored:
         check_ranks(stored, WORLD)
         assert [part.writer for part in stored.commit.parts] == [0]

@@ -8,6 +8,7 @@ from ckptd.core.types import Epoch, SnapshotId
 from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.facts import FAN_OUT, Membership, Shape
 from ckptd.protocol.cluster.member import MemberMachine
+from ckptd.protocol.cluster.standing import Standing
 from ckptd.protocol.cluster.state import ClusterState
 from ckptd.protocol.messages import Policy
 
@@ -26,7 +27,7 @@ class Job:
     def __init__(self, count: int, group: int, parity: int, slots: int = 3, fan_out: int = FAN_OUT) -> None:
         groups = tuple(tuple(range(first, first + group)) for first in range(0, count, group))
         arenas = tuple(f"n{number}" for number in range(count))
-        self.membership = Membership(EPOCH, arenas, (), Shape(groups, parity), slots)
+        self.membership, self.slots = Membership(EPOCH, arenas, (), Shape(groups, parity)), slots
         self.machines = [MemberMachine(ClusterState(arena), POLICY, fan_out) for arena in arenas]
         self.sent: list[list[int]] = [[] for _ in arenas]
         self.said: list[list[m.MemberAction]] = [[] for _ in arenas]
@@ -43,10 +44,15 @@ class Job:
         for number, machine in enumerate(self.machines):
             granted = [a.snapshot for a in self.said[number] if isinstance(a, m.Capture)]
             if SnapshotId(EPOCH, step) in granted:
-                machine.captured(SnapshotId(EPOCH, step), step, b"record")
-            machine.boundary(step)
+                machine.captured(SnapshotId(EPOCH, step), step)
+            self.stands(number, step)
             self._carry_out(number)
         self.settle()
+
+    def stands(self, number: int, step: int) -> None:
+        """A node's ranks have completed a step."""
+        held = [h for h in self.machines[number].state.holdings if h.data]
+        self.machines[number].stands(Standing(step, self.slots - len(held)))
 
     def settle(self) -> None:
         """Until nothing is under way."""
@@ -60,7 +66,12 @@ class Job:
         for action in machine.take():
             if not isinstance(action, m.Tell):
                 self.said[number].append(action)
-            if isinstance(action, m.Encode):
+            if isinstance(action, m.Free):
+                self.stands(number, machine._standing.boundary)
+            if isinstance(action, m.Describe):
+                machine.described(action.snapshot, b"record")
+                self._carry_out(number)
+            elif isinstance(action, m.Encode):
                 machine.encoded(action.snapshot)
                 self._carry_out(number)
             elif isinstance(action, m.Tell) and action.arena != "launch":

@@ -18,6 +18,7 @@ from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.epoch import Launch
 from ckptd.protocol.cluster.facts import Entry, Shape
 from ckptd.protocol.cluster.member import MemberMachine
+from ckptd.protocol.cluster.standing import Standing
 from ckptd.protocol.cluster.state import ClusterState
 from tests.protocol.cluster import POLICY
 
@@ -44,7 +45,7 @@ class Script:
         for arena in arenas:
             self.machines.setdefault(arena, MemberMachine(ClusterState(arena), POLICY))
         self._number += 1
-        launch = self._launch = Launch(arenas, (), self.shape, 2, "0" * 16, number=self._number)
+        launch = self._launch = Launch(arenas, (), self.shape, "0" * 16, number=self._number)
         self._ask(launch)
         launch.recorded()
         self.lines.append(f"the record of {shown(launch.epoch)} is written")
@@ -116,12 +117,15 @@ def two_nodes() -> Script:
     script.say("Two nodes that mirror each other start. Nothing is there to restore.")
     script.start("a", "b")
     script.say("Their ranks train; when both nodes are heard of, the root grants step 2.")
-    script.does("b", "boundary", 0)
-    script.does("a", "boundary", 0)
+    script.does("b", "stands", Standing(0, 1))
+    script.does("a", "stands", Standing(0, 1))
     two = SnapshotId(Epoch(1, "0" * 16), 2)
     script.say("Both capture it. With the second Sealed it is sealed by all, and the root names it to be encoded.")
-    script.does("a", "captured", two, 2, b"a")
-    script.does("b", "captured", two, 2, b"b")
+    script.does("a", "captured", two, 2)
+    script.does("b", "captured", two, 2)
+    script.say("Each says what its string consists of; who knows that of its whole group can encode.")
+    script.does("a", "described", two, b"a")
+    script.does("b", "described", two, b"b")
     script.say("With the second Parity it is protected.")
     script.does("b", "encoded", two)
     script.does("a", "encoded", two)

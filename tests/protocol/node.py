@@ -16,6 +16,9 @@ from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import SnapshotId
 from ckptd.protocol import actions
 from ckptd.protocol import messages as m
+from ckptd.protocol.cluster import messages as cluster
+from ckptd.protocol.cluster.standing import Flush
+from ckptd.protocol.cluster.state import ClusterState
 from ckptd.protocol.node import NodeMachine
 from ckptd.protocol.slots import SlotTable
 from ckptd.protocol.state import NodeState, recover
@@ -65,7 +68,7 @@ class Node:
         self.kept: dict[int, Memory] = {}
         self.ledger: bytes | None = None
         self.stores: dict[str, Store] = collections.defaultdict(Store)
-        self.flush: actions.StartFlush | None = None
+        self.flush: cluster.Write | cluster.Commit | None = None
         self.records: list[actions.WriteRecord] = []
         self.exited: str | None = None
         self.budget: int | None = None
@@ -80,7 +83,8 @@ class Node:
         """A daemon, with what the keeper has kept."""
         if self.ledger is None:
             self._lives += 1
-            state = NodeState(JOB, table=SlotTable(numbered=NUMBERS_APART * self._lives))
+            table = SlotTable(numbered=NUMBERS_APART * self._lives)
+            state = NodeState(JOB, ClusterState(f"arena {self._lives}"), table=table)
         else:
             state = msgspec.msgpack.decode(self.ledger, type=NodeState)
         self.slots = dict(self.kept)
@@ -163,15 +167,18 @@ class Node:
             self.carry_out()
 
     def flush_ends(self, error: str | None) -> None:
-        """The flush under way has committed, or failed."""
+        """What the flush under way waits for is done, or has failed."""
         assert self.machine is not None
         assert self.flush is not None
-        flush, self.flush = self.flush, None
-        if error is None:
-            self.stores[flush.store].committed.add(flush.snapshot)
-            self.machine.flush_done(flush.snapshot, flush.store, self.now_s)
+        action, self.flush = self.flush, None
+        flush = action.flush
+        if error is not None:
+            self.machine.job.flush_failed(flush.number, error)
+        elif isinstance(action, cluster.Write):
+            self.machine.job.written(flush.number)
         else:
-            self.machine.flush_failed(flush.snapshot, flush.store, error, self.now_s)
+            self.stores[flush.store].committed.add(SnapshotId(flush.snapshot.epoch, flush.step))
+            self.machine.job.committed(flush.number)
         self.carry_out()
 
     def record_ends(self, error: str | None) -> None:
@@ -219,11 +226,21 @@ class Node:
                 self.kept.pop(action.slot, None)
             case actions.WriteRecord():
                 self.records.append(action)
-            case actions.StartFlush():
-                assert self.flush is None
+            case cluster.Write() | cluster.Commit():
+                self._check_readable(action.flush)
                 self.flush = action
+            case cluster.Free():
+                if self.flush is not None and self.flush.flush.snapshot == action.snapshot:
+                    self.flush = None
             case actions.Exit():
                 self.exited = action.reason
+
+    def _check_readable(self, flush: Flush) -> None:
+        """What is written is held whole."""
+        assert self.machine is not None
+        sealed = self.machine.state.table.holding(flush.snapshot)
+        assert sealed is not None, f"{flush} is to be written, and not held"
+        assert sealed.snapshot == SnapshotId(flush.snapshot.epoch, flush.step)
 
     def _takes(self, number: int, memory: Memory | None) -> bool:
         assert self.machine is not None

@@ -50,7 +50,8 @@ class Oracle:
             case m.Reached(step=step, level=Level.DURABLE) if state.epoch is not None:
                 self._committed(node, SnapshotId(state.epoch, step), "announced durable")
             case m.Promise():
-                self.offered, self.point = set(message.snapshots), None
+                self.offered = {SnapshotId(held.snapshot.epoch, held.step) for held in message.promise.held}
+                self.point = None
             case m.Flushed(step=int(step)) | m.Drained(step=int(step)):
                 everything = {s.step for store in node.stores.values() for s in store.committed}
                 if step not in everything:
@@ -67,19 +68,20 @@ class Oracle:
         if state.epoch is None:
             return
         if not state.frozen and self.offered:
-            self.point = state.restore_point if state.restore_point in self.offered else None
+            point = state.cluster.restore_point
+            self.point = point if point in self.offered else None
             self.offered = set()
         names = {sealed.snapshot for sealed in state.table.sealed}
         if not self.offered <= names:
             raise BrokenPromiseError(f"offered in a Promise and gone before Begin: {self.offered - names}")
-        newest = state.table.newest(state.epoch)
+        newest = max((s for s in names if s.epoch == state.epoch), default=None)
         if newest is None and self.point is not None and self.point not in names:
             raise BrokenPromiseError(f"the restore point is gone before the first seal: {self.point}")
         announced = self.announced.get(state.epoch)
-        if announced is not None and (newest is None or newest.snapshot.step < announced):
+        if announced is not None and (newest is None or newest.step < announced):
             raise BrokenPromiseError(f"step {announced} was announced sealed; the newest held is {newest}")
-        if state.durable is not None:
-            self._committed(node, state.durable, "believed durable")
+        if state.cluster.durable is not None:
+            self._committed(node, state.cluster.durable, "believed durable")
 
     def _check_table(self, node: Node) -> dict[Memory, SnapshotId]:
         """Every sealed snapshot is whole; no slot is used twice. Returns what holds what."""

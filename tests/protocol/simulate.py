@@ -14,9 +14,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ckptd.core.lineage import live
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.protocol import messages as m
+from ckptd.protocol.cluster.epoch import beginning, choose
+from ckptd.protocol.cluster.facts import Shape
 from tests.protocol.node import JOB, Connection, Node, Process
 from tests.protocol.oracle import BrokenPromiseError, Oracle
 from tests.protocol.trainer import SLOT_BYTES, Memory, Trainer
@@ -384,14 +385,18 @@ class Simulation:
     def _begins(self, launch: Launch, promise: m.Promise) -> None:
         stored = self.node.stores[self.store] if self.store is not None else None
         durable = set() if stored is None else stored.committed
-        records = [*promise.records, *([] if stored is None else stored.records)]
-        found = live({*promise.snapshots, *durable}, {r.epoch: r for r in records}.values())
-        back = 1 if len(found) > 1 and self.faults and self.random.random() < 0.1 else 0  # restore(before=...)
-        launch.choice = found[back] if found else None
-        launch.from_memory = launch.choice in promise.snapshots
+        records = [] if stored is None else stored.records
+        chosen = choose([promise.promise], records, durable)
+        if chosen.name is not None and self.faults and self.random.random() < 0.1:  # restore(before=...)
+            newest = chosen.name
+            before = choose([promise.promise], records, durable, lambda name: name < newest)
+            chosen = chosen if before.name is None else before
+        launch.choice, launch.from_memory = chosen.name, bool(chosen.held)
         assert launch.connection is not None
         assert launch.epoch is not None
-        launch.connection.up.append((m.Begin(launch.epoch, launch.choice, launch.world, launch.policy), None))
+        begin = beginning(launch.epoch, chosen, [promise.promise.arena], (), Shape(((0,),), 0))
+        ranks = list(range(launch.world))
+        launch.connection.up.append((m.Begin(begin, launch.world, ranks, launch.policy), None))
         launch.stage = "begin"
 
     def _spawns(self, launch: Launch) -> None:
@@ -405,6 +410,7 @@ class Simulation:
                 launch.epoch,
                 rank,
                 launch.world,
+                list(range(launch.world)),
                 f"launch {launch.number} rank {rank}",
                 launch.choice,
                 launch.policy,
@@ -419,7 +425,7 @@ class Simulation:
     def _is_current(self, launch: Launch) -> bool:
         """No newer launch has been promised anything, and the arena is that of the launch's Begin."""
         state = None if self.node.machine is None else self.node.machine.state
-        return state is not None and state.promised == launch.epoch and state.records[-1].epoch == launch.epoch
+        return state is not None and state.promised == launch.epoch and state.epoch == launch.epoch
 
     # --- the node
 

@@ -14,6 +14,7 @@ from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.epoch import Launch, choose, numbered, tolerated
 from ckptd.protocol.cluster.facts import Entry, Held, Membership, Shape, children_of, conjunction, merged, parent_of
 from ckptd.protocol.cluster.member import MemberMachine
+from ckptd.protocol.cluster.standing import Failure, Flush, Standing, Wish, together
 from ckptd.protocol.cluster.state import ClusterState, Holding, recover
 from tests.protocol.cluster import EPOCH, POLICY, Job, epoch
 
@@ -56,13 +57,26 @@ def test_silence_is_neither_yes_nor_no() -> None:
 def test_facts_may_come_twice_and_in_any_order() -> None:
     x = SnapshotId(E1, 4)
     heard = [Entry(x), Entry(x, 4, True), Entry(x, 4, True, None, True), Entry(x, 4, True, True)]
-    ends = set()
+    ends = []
     for order in itertools.permutations([*heard, heard[1]]):
         known = None
         for entry in order:
             known = merged(known, entry)
-        ends.add(known)
-    assert ends == {Entry(x, 4, True, True, True)}
+        ends.append(known)
+    assert all(known == Entry(x, 4, True, True, True) for known in ends)
+
+
+def test_where_all_stand() -> None:
+    """Of what all must have the least; of what one suffices for the most."""
+    wish, later = Wish("/a", SnapshotId(E1, 4), 1), Wish("/a", SnapshotId(E1, 5), 2)
+    one = Standing(7, 2, 7, True, 0.1, 3, 3, 2, None, (wish,), True, True)
+    two = Standing(6, 1, 6, True, None, 4, 2, 1, Failure(2, "full"), (later, Wish("/b", SnapshotId(E1, 1), 0)), True)
+    both = together([one, two])
+    assert both == together([two, one, two, both])
+    assert both == Standing(
+        7, 1, None, True, 0.1, 4, 2, 1, Failure(2, "full"), (later, Wish("/b", SnapshotId(E1, 1), 0)), True
+    )
+    assert together([one]) == one
 
 
 # --- where an epoch begins
@@ -103,6 +117,15 @@ def test_what_may_have_been_declared_is_kept_though_nobody_knows() -> None:
     assert choice.protected == SnapshotId(E1, 7)
 
 
+def test_memory_and_store_are_one_lineage_by_steps() -> None:
+    """Grant 8 was used at step 9, and is durable too: it is restored from memory, and the lineage knows it as 9."""
+    found = [promise(f"n{string}", held(8, string, TRIPLE, at=9)) for string in range(3)]
+    choice = choose(found, [], [SnapshotId(E1, 9)])
+    assert (choice.point, choice.name, len(choice.held)) == (SnapshotId(E1, 8), SnapshotId(E1, 9), 3)
+    assert choose(found, [], [SnapshotId(E1, 9)], spoiled=[SnapshotId(E1, 9)]).held == {}
+    assert choose(found, [], [SnapshotId(E1, 7)], lambda name: name.step < 9).name == SnapshotId(E1, 7)
+
+
 def test_the_store_has_what_memory_has_not() -> None:
     stored = [SnapshotId(E1, 3)]
     choice = choose([promise("n0", held(5, 0, TRIPLE)), promise("n3")], [], stored)
@@ -126,7 +149,7 @@ def test_who_holds_a_string_keeps_its_number() -> None:
 
 
 def test_a_refused_launch_takes_a_higher_number() -> None:
-    launch = Launch(["a", "b"], ["z"], Shape(((0, 1),), 1), 2, "f" * 16)
+    launch = Launch(["a", "b"], ["z"], Shape(((0, 1),), 1), "f" * 16)
     launch.heard(m.Promise(launch.epoch, "a", (), None, ()))
     launch.heard(m.Refuse(launch.epoch, "b", Epoch(7, "0" * 16)))
     assert launch.epoch == Epoch(8, "f" * 16)
@@ -202,8 +225,8 @@ def test_nothing_happens_between_promise_and_begin() -> None:
     (tell,) = machine.take()
     assert isinstance(tell, m.Tell)
     assert isinstance(tell.message, m.Promise)
-    machine.captured(granted, granted.step, b"record")
-    machine.boundary(9)
+    machine.captured(granted, granted.step)
+    job.stands(1, 9)
     machine.repeat()
     assert machine.take() == []
 
@@ -213,7 +236,7 @@ def test_an_arena_that_is_not_named_posts_nothing() -> None:
     machine = MemberMachine(ClusterState("fresh"), POLICY)
     verdict = Entry(SnapshotId(EPOCH, 3))
     machine.handle(m.Decided(EPOCH, 0, (verdict,)))
-    machine.boundary(1)
+    machine.stands(Standing(1, 2))
     machine.repeat()
     assert machine.take() == []
 
@@ -221,7 +244,7 @@ def test_an_arena_that_is_not_named_posts_nothing() -> None:
 def test_the_level_of_a_restore_point_says_what_it_survives() -> None:
     for tolerates, level in ((2, Level.PROTECTED), (1, Level.SEALED)):
         state = ClusterState("a", promised=E2)
-        members = Membership(E2, ("a", "b", "c", "d"), (), TWO_PARITIES, 2)
+        members = Membership(E2, ("a", "b", "c", "d"), (), TWO_PARITIES)
         MemberMachine(state).handle(m.Begin(E2, members, SnapshotId(E1, 5), 5, True, tolerates, {}, None))
         assert state.point_level == level
         state.confirmed = True
@@ -243,7 +266,7 @@ def test_a_new_daemon_frees_what_nobody_knows_and_misses_what_is_gone() -> None:
 def test_a_grant_that_comes_after_a_later_one_is_missed() -> None:
     job = Job(2, 2, 1)
     machine = job.machines[1]
-    machine.boundary(0)
+    job.stands(1, 0)
     machine.take()
     machine.handle(m.Decided(EPOCH, 0, (Entry(SnapshotId(EPOCH, 9)),)))
     machine.take()
@@ -260,8 +283,8 @@ def test_a_root_that_starts_again_grants_nothing_below_what_was_granted() -> Non
     everywhere, be captured again as something else."""
     job = Job(2, 2, 1)
     again = MemberMachine(job.machines[0].state, POLICY)
-    again.boundary(39)
-    again.handle(m.Facts(EPOCH, 1, (), heard=1, ready=True, boundary=39, granted=41))
+    again.stands(Standing(39, 2))
+    again.handle(m.Facts(EPOCH, 1, (), 1, Standing(39, 2), granted=41))
     decided = [a.message for a in again.take() if isinstance(a, m.Tell) and isinstance(a.message, m.Decided)]
     assert [verdict.snapshot.step for verdict in decided[-1].verdicts] == [42]
 
@@ -287,8 +310,11 @@ def test_hostile_packets_are_refused() -> None:
         m.Prepare(Epoch(-1, "0" * 16)),
         m.Promise(E1, "a", (Held(SnapshotId(E1, 1), 0, bad, 1, True, True, True),), None, ()),
         m.Promise(E1, "a", (Held(SnapshotId(E1, 1), 3, TRIPLE, 1, True, True, True),), None, ()),
-        m.Begin(E1, Membership(E1, ("a", "b"), (), TRIPLE, 2), None, 0, False, 0, {}, None),
-        m.Begin(E1, Membership(E1, ("a",), (), Shape(((0,),), 0), 1), None, 0, False, 0, {}, None),
+        m.Begin(E1, Membership(E1, ("a", "b"), (), TRIPLE), None, 0, False, 0, {}, None),
+        m.Begin(E1, Membership(E2, ("a",), (), Shape(((0,),), 0)), None, 0, False, 0, {}, None),
+        m.Begin(E1, Membership(E1, ("a",), (), Shape(((0,),), 0)), None, -1, False, 0, {}, None),
+        m.Decided(E1, 0, (), flush=Flush(-1, SnapshotId(E1, 1), 1, "/store", None)),
+        m.Facts(E1, 0, (), 1, Standing(wishes=(Wish("/store", SnapshotId(E1, -1), 0),)), 0),
     ):
         with pytest.raises(FormatError):
             m.decode(m.encode(hostile))

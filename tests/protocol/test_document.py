@@ -8,7 +8,9 @@ import typing
 import msgspec
 
 from ckptd.protocol import messages as m
-from ckptd.protocol.node import MAX_WORLD, PIPELINE
+from ckptd.protocol.cluster.root import PIPELINE
+from ckptd.protocol.cluster.state import ClusterState
+from ckptd.protocol.node import MAX_RANKS
 from ckptd.protocol.quiet import IDLE_S
 from ckptd.protocol.state import NodeState
 from tests.protocol.tables import DOCUMENT, renewed
@@ -27,7 +29,8 @@ def test_all_that_is_persisted_is_explained() -> None:
     section = TEXT.split("## 4. ")[1].split("\n## ")[0]
     rows = re.findall(r"^\| ([\w, `]+) \|", section, re.MULTILINE)
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert named == {field.name for field in msgspec.structs.fields(NodeState)}
+    persisted = (*msgspec.structs.fields(NodeState), *msgspec.structs.fields(ClusterState))
+    assert named == {field.name for field in persisted}
 
 
 def test_every_reason_to_miss_is_explained() -> None:
@@ -38,7 +41,7 @@ def test_every_reason_to_miss_is_explained() -> None:
 
 def test_numbers() -> None:
     """Limits are stated as they are."""
-    for number in (PIPELINE, MAX_WORLD, f"{IDLE_S:.0f}", m.MAX_PACKET // 1024, m.PROTOCOL):
+    for number in (PIPELINE, MAX_RANKS, f"{IDLE_S:.0f}", m.MAX_PACKET // 1024, m.PROTOCOL):
         assert re.search(rf"\b{number}\b", TEXT), number
 
 

@@ -16,15 +16,32 @@ from ckptd.core.errors import FormatError
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.protocol import messages as m
-from ckptd.protocol.node import MAX_WORLD, NodeMachine
-from ckptd.protocol.state import MAX_RECORDS, NodeState
+from ckptd.protocol.cluster import messages as cluster
+from ckptd.protocol.cluster.epoch import MAX_RECORDS, Choice, beginning
+from ckptd.protocol.cluster.facts import Held, Shape
+from ckptd.protocol.cluster.state import ClusterState
+from ckptd.protocol.node import MAX_RANKS, NodeMachine
+from ckptd.protocol.state import NodeState
 from tests.protocol.transcript import POLICY, Script, epoch
 
 E1 = epoch(1)
 POINT = SnapshotId(E1, 7)
 TO = typing.get_args(m.ToDaemon)
 FROM = typing.get_args(m.FromDaemon)
+ALONE = Shape(((0,),), 0)
+HELD = Held(POINT, 0, ALONE, 7, data=True, parity=True, posted=True)
+
+
+def begun(at: Epoch, point: SnapshotId | None = POINT) -> cluster.Begin:
+    """How an epoch of one node begins."""
+    return beginning(at, Choice(point, 7, {}, 0, None), ["n"], (), ALONE)
+
+
+BEGIN = msgspec.to_builtins(begun(E1))
 PLAIN: dict[str, Any] = {
+    "begin": begun(E1),
+    "ranks": [0, 1],
+    "promise": cluster.Promise(E1, "n", (HELD,), POINT, (EpochRecord(E1, POINT), EpochRecord(E1))),
     "protocol": 1,
     "job": "job",
     "epoch": E1,
@@ -38,8 +55,6 @@ PLAIN: dict[str, Any] = {
     "stall_s": 0.5,
     "reason": "late",
     "to": "/elsewhere",
-    "snapshots": [POINT],
-    "records": [EpochRecord(E1, POINT), EpochRecord(E1)],
     "error": "StoreError",
     "message": "text",
     "promised": E1,
@@ -97,12 +112,14 @@ def packet(kind: type[m.Message], **fields: Any) -> bytes:
         packet(m.Missed, reason="because"),
         packet(m.Hello, rank=-1),
         packet(m.Hello, world=0),
+        packet(m.Hello, ranks=[-1]),
         packet(m.Hello, job=""),
         packet(m.Hello, job="j" * 5000),
         packet(m.Hello, instance="i" * 101),
         packet(m.Hello, epoch=[-1, "0" * 16]),
         packet(m.Prepare, epoch=[1, "../../../../etc/x"]),
-        packet(m.Begin, restore_point=[[1, "0" * 16], -1]),
+        packet(m.Begin, begin={**BEGIN, "step": -1}),
+        packet(m.Begin, begin={**BEGIN, "point": [[1, "0" * 16], -1]}),
         packet(m.Begin, policy={**POLICY, "snapshot_steps": 0}),
         packet(m.Begin, policy={**POLICY, "flush_steps": -5}),
         packet(m.Begin, policy={**POLICY, "overhead_budget": 0.0}),
@@ -163,21 +180,34 @@ def test_whatever_the_machine_says_fits() -> None:
     """The longest lists, the longest names, and the longest errors of a store."""
     far = Epoch(10**18 - 1, "f" * 16)
     records = [EpochRecord(far, SnapshotId(far, 10**18 - 1))] * MAX_RECORDS
-    assert m.encode(m.Promise([SnapshotId(far, 1)] * 4, records))
-    machine = NodeMachine(NodeState("job"), 0.0)
+    held = (msgspec.structs.replace(HELD, snapshot=SnapshotId(far, 1)),) * 4
+    assert m.encode(m.Promise(cluster.Promise(far, "n" * 16, held, POINT, tuple(records))))
+    machine, every = NodeMachine(NodeState("job", ClusterState("n")), 0.0), list(range(MAX_RANKS))
     machine.handle(1, plain(m.Prepare, job="é" * 4096), 0.0)
     machine.handle(1, plain(m.Prepare, epoch=epoch(2)), 0.0)
-    machine.handle(1, plain(m.Begin, epoch=epoch(2), world=MAX_WORLD), 0.0)
+    machine.handle(1, plain(m.Begin, begin=begun(epoch(2)), world=MAX_RANKS, ranks=every), 0.0)
     machine.recorded(1, "x" * 10**6, 0.0)
-    for rank in range(MAX_WORLD):
-        machine.handle(10 + rank, plain(m.Hello, epoch=epoch(2), rank=rank, world=MAX_WORLD, instance=f"p{rank}"), 0.0)
+    for rank in every:
+        hello = plain(m.Hello, epoch=epoch(2), rank=rank, world=MAX_RANKS, ranks=every, instance=f"p{rank}")
+        machine.handle(10 + rank, hello, 0.0)
         machine.handle(10 + rank, plain(m.Pieces, generation=machine.state.generation), 0.0)
     machine.take()
-    for rank in range(MAX_WORLD):
+    for rank in every:
         layout = plain(m.Layout, generation=machine.state.generation, digest="d" * 100)
         machine.handle(10 + rank, layout, 0.0, available_bytes=10**12)
         machine.take()
-    machine.flush_failed(POINT, "/store", "x" * 10**6, 0.0)
+        machine.handle(10 + rank, m.Boundary(1, 1.0), 0.0)
+    for rank in every:
+        for slot in [slot.slot for slot in machine.state.table.slots if slot.rank == rank]:
+            machine.handle(10 + rank, m.Ready(slot), 0.0)
+    machine.take()
+    (granted, *_) = machine.state.table.granted
+    for rank in every:
+        machine.handle(10 + rank, m.Captured(granted.grant, granted.at, granted.slots[rank], 0.0), 0.0)
+    machine.take()
+    machine.handle(2, m.Flush("/elsewhere"), 0.0)
+    (write,) = [action for action in machine.take() if isinstance(action, cluster.Write)]
+    machine.job.flush_failed(write.flush.number, "x" * 10**6)
     machine.handle(2, m.Status(), 0.0)
     said = [m.encode(action.message) for action in machine.take() if hasattr(action, "message")]
     assert said
@@ -204,7 +234,9 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "job": st.sampled_from(["job", "job", "other"]),
     "epoch": EPOCHS,
     "restore_point": POINTS,
-    "world": st.sampled_from([1, 2, 2, 3, MAX_WORLD + 1, 10**18 - 1]),
+    "world": st.sampled_from([1, 2, 2, 3, MAX_RANKS + 1, 10**18 - 1]),
+    "ranks": st.sampled_from([[], [0], [0, 1], [0, 1], [1, 2], [0, 0], [10**18 - 1], list(range(MAX_RANKS + 1))]),
+    "begin": st.builds(begun, EPOCHS, POINTS),
     "policy": POLICIES,
     "instance": st.sampled_from(["a1", "b1", "a2", "q"]),
     "digest": st.sampled_from(["d", "e"]),
@@ -241,11 +273,11 @@ def test_the_machine_survives_anybody(beginning: str, events: list[tuple[int, An
             case "recorded":
                 machine.recorded(peer, None, now)
             case "flushed":
-                if machine._flushes.running is not None:
-                    machine.flush_done(machine._flushes.running.snapshot, machine._flushes.running.store, now)
+                machine.job.written(1)
+                machine.take()
+                machine.job.committed(1)
             case "failed":
-                if machine._flushes.running is not None:
-                    machine.flush_failed(machine._flushes.running.snapshot, machine._flushes.running.store, "x", now)
+                machine.job.flush_failed(1, "x")
             case "tick":
                 machine.tick(now)
             case "drain":

@@ -6,7 +6,8 @@ import pytest
 
 from ckptd.core.types import SnapshotId
 from ckptd.protocol import messages as m
-from ckptd.protocol.node import MAX_WORLD
+from ckptd.protocol.actions import Send
+from ckptd.protocol.node import MAX_RANKS
 from ckptd.protocol.state import recover
 from tests.protocol.transcript import Script, epoch
 
@@ -46,7 +47,7 @@ def test_different_steps_are_counted_and_told() -> None:
     for name, slot in (("a", 1), ("b", 4), ("c", 7)):
         script.play(f"> {name}: Ready slot={slot}\n> {name}: Boundary step=1")
     said = script.play("> a: Captured grant=3 step=3 slot=1\n> b: Captured grant=3 step=4 slot=4")
-    assert "    c < Revoke step=3" in said
+    assert "    c < Revoke grant=3" in said
     assert script.machine.state.counters["skipped"] == 1
 
 
@@ -90,7 +91,7 @@ def test_too_many_ranks_are_refused_by_name() -> None:
     """Their descriptors would not have fitted a packet."""
     script = Script()
     script.play("> l: Prepare epoch=E1")
-    (refusal,) = script.play(f"> l: Begin world={MAX_WORLD + 1}")
+    (refusal,) = script.play(f"> l: Begin world={MAX_RANKS + 1}")
     assert "ConfigError" in refusal
     assert script.machine.state.epoch is None
 
@@ -194,8 +195,8 @@ def test_sigterm_before_the_first_seal_flushes_the_restore_point() -> None:
     script = after("seal")
     restarted(script)
     script.play("> x: Hello rank=0\n> y: Hello rank=1")
-    assert script.play("> x: Terminating") == ["    flushes E1@9 from slots [3, 6] to /store"]
-    assert "    x < Drained step=9" in script.play("> flushed")
+    assert script.play("> x: Terminating") == ["    writes E1@9 to /store"]
+    assert "    x < Drained step=9" in script.play("> written\n> committed")
 
 
 def test_an_abandoned_restart_flushes_the_restore_point() -> None:
@@ -203,14 +204,14 @@ def test_an_abandoned_restart_flushes_the_restore_point() -> None:
     script = after("seal")
     restarted(script)
     script.play("> x: Hello rank=0\n> y: Hello rank=1\n> x dead")
-    assert "    flushes E1@9 from slots [3, 6] to /store" in script.play("> y dead")
+    assert "    writes E1@9 to /store" in script.play("> y dead")
 
 
 def test_sigterm_while_ranks_come_back_to_a_new_daemon() -> None:
     """Not being back yet is not being dead: the first to come was told not to wait."""
     script = after("seal")
     script.play("> daemon restarts\n> a: Hello rank=0")
-    assert script.play("> a: Terminating") == ["    flushes E1@9 from slots [3, 6] to /store"]
+    assert script.play("> a: Terminating") == ["    writes E1@9 to /store"]
 
 
 def test_durable_in_another_store_is_not_durable_here() -> None:
@@ -219,28 +220,30 @@ def test_durable_in_another_store_is_not_durable_here() -> None:
     script.play("> policy store='/other'")
     restarted(script)
     script.play("> x: Hello rank=0")
-    assert script.play("> x: Flush") == ["    flushes E1@9 from slots [3, 6] to /other"]
+    assert script.play("> x: Flush") == ["    writes E1@9 to /other"]
 
 
 def test_a_branch_that_was_left_is_not_durable() -> None:
     """Step 9 was durable when the job went back to 6: that says nothing about 6, nor when a flush is due."""
     script = after("flush_and_close")
     restarted(script, point="E1@6")
-    assert script.machine.state.durable is None
+    assert script.machine.state.cluster.durable is None
 
 
-def test_a_flush_of_a_branch_that_was_left_answers_nobody() -> None:
-    """It ran on while the job went back; whoever waits gets what is alive. It was flushed over and over before."""
+def test_a_flush_goes_on_over_a_restart() -> None:
+    """Of what the job goes on from. Who had asked for it is answered; of anything else it is given up."""
     script = after("seal")
     script.play("> tool: Flush")
-    point = script.machine.state.table.sealed[0]
-    script.machine.state.table.sealed.append(type(point)(SnapshotId(E1, 6), {0: 1, 1: 4}))
-    script.machine.state.table.granted.clear()
-    restarted(script, point="E1@6")
-    assert script.play("> flushed") == ["    flushes E1@6 from slots [1, 4] to /store"]
-    assert script.machine.state.durable is None
-    assert script.play("> flushed") == ["    tool < Flushed step=6"]
-    assert script.machine.state.durable == SnapshotId(E1, 6)
+    script.play("> l: Prepare epoch=E2")
+    assert "    writes E1@9 to /store" in script.play("> l: Begin epoch=E2 world=2 restore_point=E1@9")
+    assert script.play("> written\n> committed")[1:] == ["    tool < Flushed step=9"]
+    assert script.machine.state.cluster.durable == SnapshotId(E1, 9)
+
+    script = after("seal")
+    script.play("> tool: Flush")
+    said = script.play("> l: Prepare epoch=E2\n> l: Begin epoch=E2 world=2 restore_point=None")
+    assert "    frees E1@8" in said
+    assert not any("writes E1@" in word for word in said)
 
 
 def test_a_tool_that_waits_for_what_is_gone_is_answered() -> None:
@@ -255,12 +258,12 @@ def test_a_daemon_that_is_asked_to_end_grants_nothing_more() -> None:
     """Else, flushing what came newly each time, it would never have ended."""
     script = after("seal")
     script.machine.drain(0.0)
-    assert script.play("> tick 1") == ["    flushes E1@9 from slots [3, 6] to /store"]
+    assert script.play("> tick 1") == ["    writes E1@9 to /store"]
     said = script.play("> a: Captured grant=10 slot=1\n> b: Captured grant=10 slot=4")
     assert not any("Grant" in word for word in said)
-    assert "    flushes E1@10 from slots [1, 4] to /store" in script.play("> flushed")
+    assert "    writes E1@10 to /store" in script.play("> written\n> committed")
     script.play("> a: Missed grant=12 reason='stall'")
-    assert script.play("> flushed")[-1] == "    exits: asked to end by a signal"
+    assert script.play("> written\n> committed")[-1] == "    exits: asked to end by a signal"
 
 
 @pytest.mark.parametrize("error", ["x" * 10**6, "é" * 10**6])
@@ -269,6 +272,6 @@ def test_long_errors_are_cut(error: str) -> None:
     script = after("seal")
     script.play("> a: Flush")
     assert script.flush is not None
-    script.machine.flush_failed(script.flush.snapshot, script.flush.store, error, 0.0)
-    for action in script.machine.take():
-        m.encode(action.message)  # type: ignore[union-attr]
+    script.machine.job.flush_failed(script.flush.number, error)
+    said = [action.message for action in script.machine.take() if isinstance(action, Send)]
+    assert [len(m.encode(message)) > m.MAX_TEXT for message in said]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from ckptd.protocol.cluster import messages as cluster
+from ckptd.protocol.cluster.state import ClusterState
 from ckptd.protocol.node import NodeMachine
 from ckptd.protocol.slots import Granted, SlotTable
 from ckptd.protocol.state import NodeState
@@ -56,19 +58,25 @@ def breaks(needle: str) -> None:
 
 
 def test_freeing_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest sealed snapshot and the restore point are freed as soon as somebody wants room."""
-    monkeypatch.setattr(NodeMachine, "_pinned", lambda self: set())
+    """The newest sealed snapshot goes when the next one is granted."""
+    issue = NodeMachine._issue
+
+    def careless(self: NodeMachine, capture: cluster.Capture) -> None:
+        self.state.table.sealed.clear()
+        issue(self, capture)
+
+    monkeypatch.setattr(NodeMachine, "_issue", careless)
     breaks("announced sealed")
 
 
 def test_forgetting_the_restore_point_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only snapshots of the live epoch are kept."""
 
-    def pinned(self: NodeMachine) -> set[object]:
-        newest = self.state.table.newest(self.state.epoch)
-        return set() if newest is None else {newest.snapshot}
+    def forgetful(self: NodeMachine) -> None:
+        table = self.state.table
+        table.sealed = [sealed for sealed in table.sealed if sealed.snapshot.epoch == self.state.epoch]
 
-    monkeypatch.setattr(NodeMachine, "_pinned", pinned)
+    monkeypatch.setattr(NodeMachine, "_break", forgetful)
     breaks("restore point is gone")
 
 
@@ -111,7 +119,7 @@ def test_late_grants_are_no_danger(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_freeing_while_frozen_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A promise does not stop the old epoch."""
-    monkeypatch.setattr(NodeState, "frozen", property(lambda self: self.epoch is None))
+    monkeypatch.setattr(ClusterState, "frozen", property(lambda self: self.epoch is None))
     breaks("")
 
 

@@ -23,22 +23,22 @@ def table(ranks: int = 2, each: int = 2) -> SlotTable:
 
 def grant(made: SlotTable, number: int, slots: dict[int, int], of: Epoch = E1) -> Granted:
     """A grant to the processes p<rank>."""
-    made.granted.append(Granted(of, number, slots, {rank: f"p{rank}" for rank in slots}))
+    made.granted.append(Granted(of, number, number, slots, {rank: f"p{rank}" for rank in slots}))
     return made.granted[-1]
 
 
 def test_a_slot_is_free_if_mapped_and_idle() -> None:
     """Not ready, of another layout, mapped by another process, surplus, granted or sealed: not free."""
     made = table(1, 6)
-    assert made.free(0, "d", "p0") == [1, 2, 3, 4, 5, 6]
+    assert made.vacant(0, "d", "p0") == [1, 2, 3, 4, 5, 6]
     made.slots[0].ready = False
     made.slots[1].digest = "other"
     made.slots[2].owner = "an older process"
     made.slots[3].surplus = True
     grant(made, 7, {0: 5})
-    made.sealed.append(Sealed(SnapshotId(E1, 6), {0: 6}))
-    assert made.free(0, "d", "p0") == []
-    assert made.free(1, "d", "p0") == []
+    made.sealed.append(Sealed(SnapshotId(E1, 6), SnapshotId(E1, 6), {0: 6}))
+    assert made.vacant(0, "d", "p0") == []
+    assert made.vacant(1, "d", "p0") == []
 
 
 def test_sealed_when_every_writer_captured_the_same_step() -> None:
@@ -48,7 +48,8 @@ def test_sealed_when_every_writer_captured_the_same_step() -> None:
     made.answer(granted, 0, 6)
     assert list(made.seal()) == []
     made.answer(granted, 1, 6)
-    assert list(made.seal()) == [Sealed(SnapshotId(E1, 6), {0: 1, 1: 3})]
+    assert list(made.seal()) == [granted]
+    assert made.sealed == [Sealed(SnapshotId(E1, 6), SnapshotId(E1, 5), {0: 1, 1: 3})]
     assert made.granted == []
     assert made.busy() == {1, 3}
 
@@ -91,31 +92,14 @@ def test_a_dead_snapshot_keeps_the_slots_of_the_silent() -> None:
     assert made.busy() == set()
 
 
-def test_a_step_is_sealed_once() -> None:
-    """Two grants used for one step: the second snapshot of it is forgotten, or both would hold slots for ever."""
+def test_what_is_freed_is_held_no_more() -> None:
+    """Known by its grant; other snapshots keep their slots."""
     made = table()
-    for number, slots in ((5, {0: 1, 1: 3}), (6, {0: 2, 1: 4})):
-        granted = grant(made, number, slots)
-        made.answer(granted, 0, 6)
-        made.answer(granted, 1, 6)
-    assert [sealed.slots for sealed in made.seal()] == [{0: 1, 1: 3}]
-    assert made.busy() == {1, 3}
-
-
-def test_only_what_is_named_is_kept() -> None:
-    """keep() frees the slots of everything else."""
-    made = table()
-    made.sealed = [Sealed(SnapshotId(E1, step), {0: step}) for step in (1, 2)]
-    made.keep({SnapshotId(E1, 2)})
+    made.sealed = [Sealed(SnapshotId(E1, step), SnapshotId(E1, 10 + step), {0: step}) for step in (1, 2)]
+    made.free(SnapshotId(E1, 11))
     assert made.busy() == {2}
-    assert made.newest() == made.holding(SnapshotId(E1, 2))
-    assert made.newest(E2) is None
-
-
-def test_the_newest_is_of_the_highest_epoch() -> None:
-    """Whatever its step."""
-    made = SlotTable(sealed=[Sealed(SnapshotId(E1, 900), {}), Sealed(SnapshotId(E2, 5), {})])
-    assert made.newest() == made.sealed[1]
+    assert made.holding(SnapshotId(E1, 11)) is None
+    assert made.holding(SnapshotId(E1, 12)) == made.sealed[0]
 
 
 def test_retired_slots_are_idle_and_fit_nobody() -> None:
@@ -131,24 +115,24 @@ def test_retired_slots_are_idle_and_fit_nobody() -> None:
 def test_allotted_as_many_as_memory_allows() -> None:
     """Three a rank, else two, else none; what fits is used again."""
     layouts = [Layout(1, "d", 100), Layout(1, "d", 100)]
-    assert distribute(SlotTable(), E1, layouts, 3, 600) == [Allotment([], [1, 2, 3]), Allotment([], [4, 5, 6])]
-    assert distribute(SlotTable(), E1, layouts, 3, 599) == [Allotment([], [1, 2]), Allotment([], [3, 4])]
-    assert distribute(SlotTable(), E1, layouts, 3, 399) is None
-    assert distribute(table(2, 2), E1, layouts, 3, 200) == [Allotment([1, 2], [5]), Allotment([3, 4], [6])]
-    assert distribute(table(2, 2), E1, layouts, 3, 0) == [Allotment([1, 2], []), Allotment([3, 4], [])]
+    assert distribute(SlotTable(), E1, [0, 1], layouts, 3, 600) == [Allotment([], [1, 2, 3]), Allotment([], [4, 5, 6])]
+    assert distribute(SlotTable(), E1, [0, 1], layouts, 3, 599) == [Allotment([], [1, 2]), Allotment([], [3, 4])]
+    assert distribute(SlotTable(), E1, [0, 1], layouts, 3, 399) is None
+    assert distribute(table(2, 2), E1, [0, 1], layouts, 3, 200) == [Allotment([1, 2], [5]), Allotment([3, 4], [6])]
+    assert distribute(table(2, 2), E1, [0, 1], layouts, 3, 0) == [Allotment([1, 2], []), Allotment([3, 4], [])]
 
 
 def test_slots_in_the_making_count() -> None:
     """A second survey of the same layout does not make them twice."""
     made = table(1, 2)
     made.slots[1].ready = False
-    assert distribute(made, E1, [Layout(2, "d", 100)], 2, 0) == [Allotment([1], [2])]
+    assert distribute(made, E1, [0], [Layout(2, "d", 100)], 2, 0) == [Allotment([1], [2])]
 
 
 def test_more_slots_than_wanted_are_surplus() -> None:
     """They are not granted any more, and go when idle."""
     made = table(1, 3)
-    assert distribute(made, E1, [Layout(1, "d", 100)], 2, 0) == [Allotment([1, 2], [])]
+    assert distribute(made, E1, [0], [Layout(1, "d", 100)], 2, 0) == [Allotment([1, 2], [])]
     assert [slot.slot for slot in made.retire({0: "d"})] == [3]
 
 
@@ -157,7 +141,7 @@ def test_quarantined_slots_are_left_to_zombies() -> None:
     layouts = [Layout(1, "d", 100)]
     made = table(1, 3)
     grant(made, 5, {0: 2}, of=E1).dead = True
-    assert distribute(made, E2, layouts, 3, 100) == [Allotment([1, 3], [4])]
+    assert distribute(made, E2, [0], layouts, 3, 100) == [Allotment([1, 3], [4])]
     assert made.get(2) is not None
     made.writer_ended("p0")
     list(made.seal())
@@ -165,4 +149,4 @@ def test_quarantined_slots_are_left_to_zombies() -> None:
 
     made = table(1, 2)
     grant(made, 5, {0: 2}, of=E1).dead = True
-    assert distribute(made, E2, layouts, 3, 0) == [Allotment([1, 2], [])]
+    assert distribute(made, E2, [0], layouts, 3, 0) == [Allotment([1, 2], [])]

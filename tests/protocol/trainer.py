@@ -99,7 +99,7 @@ class Trainer:
 
     def _due(self) -> int | None:
         self.passed = max(self.passed, self.step)
-        due = sorted(g for g in self.grants if g <= self.step and g not in self.outcomes)
+        due = sorted(n for n, grant in self.grants.items() if grant.step <= self.step and n not in self.outcomes)
         for grant in due[:-1]:
             self.settle(m.Missed(grant, "revoked"))
         return due[-1] if due else None
@@ -181,11 +181,11 @@ class Trainer:
             case m.Grant():
                 self._granted(message)
             case m.Revoke():
-                self._revoked(message.step)
+                self._revoked(message.grant)
             case m.Welcome():
                 self._rejoined(message)
-            case m.Reached(step=step, level=Level.SEALED):
-                self._sealed(step)
+            case m.Reached(step=step, level=Level.SEALED, grant=grant):
+                self._sealed(step, grant)
             case m.Reached(step=step):
                 self.durable = max(self.durable, step)
             case m.Refuse():
@@ -208,26 +208,22 @@ class Trainer:
         return said + self.standing
 
     def _granted(self, message: m.Grant) -> None:
-        if self.copy is not None and self.copy.grant == message.step:
+        if self.copy is not None and self.copy.grant == message.grant:
             return
-        known = self.outcomes.get(message.step)
-        again = isinstance(known, m.Missed) or (isinstance(known, m.Captured) and known.slot != message.slot)
-        if again and self.requested == message.step:
-            del self.outcomes[message.step]
-            known = None
-        self.grants[message.step] = message
+        known = self.outcomes.get(message.grant)
+        self.grants[message.grant] = message
         if known is not None:
             self.say(known, None)
         elif self.heeds_lateness and message.step <= self.passed and message.step != self.requested:
-            self.settle(m.Missed(message.step, "late"))
+            self.settle(m.Missed(message.grant, "late"))
 
-    def _revoked(self, step: int) -> None:
-        if self.copy is not None and self.copy.grant == step:
+    def _revoked(self, grant: int) -> None:
+        if self.copy is not None and self.copy.grant == grant:
             return
-        if step in self.outcomes:
-            self.say(self.outcomes[step], None)
+        if grant in self.outcomes:
+            self.say(self.outcomes[grant], None)
         else:
-            self.settle(m.Missed(step, "revoked"))
+            self.settle(m.Missed(grant, "revoked"))
 
     def _rejoined(self, message: m.Welcome) -> None:
         known = {*message.slots, *message.pending}
@@ -236,13 +232,13 @@ class Trainer:
         for number in [n for n in message.pending if n in self.slots]:
             self.say(m.Ready(number), self.slots[number])
 
-    def _sealed(self, step: int) -> None:
+    def _sealed(self, step: int, grant: int) -> None:
         self.sealed = max(self.sealed, step)
         if self.requested is not None and self.sealed >= self.requested:
             self.requested = None
-        for grant in [g for g in self.outcomes if g <= step]:
-            del self.outcomes[grant]
-            self.grants.pop(grant, None)
+        for number in [n for n in self.outcomes if n <= grant]:
+            del self.outcomes[number]
+            self.grants.pop(number, None)
 
     def _answered(self, *kinds: type[m.Message]) -> None:
         self.standing = [message for message in self.standing if not isinstance(message, kinds)]

@@ -5,7 +5,7 @@ A transcript is a text file. `#` lines are for people, `>` lines are played, all
     > a: Hello rank=0           a message from the connection named a; fields that are not given have usual values
     > a gone                    its connection is lost; `a dead`: its process has ended as well
     > recorded                  the epoch record is written; `recorded not: TEXT`: it cannot be
-    > flushed                   the flush has committed; `flush fails: TEXT`
+    > written                   the files of the flush are written; `committed`: its COMMIT is; `flush fails: TEXT`
     > tick 10                   ten seconds pass
     > daemon restarts           killed; the next one reads what it left
     > slots                     prints what is in the slots
@@ -28,6 +28,11 @@ import msgspec
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.protocol import actions
 from ckptd.protocol import messages as m
+from ckptd.protocol.cluster import messages as cluster
+from ckptd.protocol.cluster.epoch import Choice, beginning
+from ckptd.protocol.cluster.facts import Shape
+from ckptd.protocol.cluster.standing import Flush
+from ckptd.protocol.cluster.state import ClusterState
 from ckptd.protocol.node import NodeMachine
 from ckptd.protocol.state import NodeState, recover
 
@@ -53,13 +58,13 @@ class Script:
     """A machine, its connections by name, and a way to say what it did in words."""
 
     def __init__(self, **policy: Any) -> None:
-        self.machine = NodeMachine(NodeState("job"), 0.0)
+        self.machine = NodeMachine(NodeState("job", ClusterState("n")), 0.0)
         self.now_s = 0.0
         self.names: dict[str, int] = {}
         self.instances: dict[str, str] = {}
         self.policy = {**POLICY, **policy}
         self.usual: dict[str, Any] = {"epoch": epoch(1), "world": 1, "restore_point": None}
-        self.flush: actions.StartFlush | None = None
+        self.flush: Flush | None = None
         self.record: actions.WriteRecord | None = None
         self.room = 10**6
         self.connections = 0
@@ -113,6 +118,9 @@ class Script:
             "stall_s": 0.0,
             "step_s": 1.0,
         }
+        usual["ranks"] = list(range(self.usual["world"]))
+        if kind is m.Begin:
+            usual["begin"] = self._begin(self.usual["epoch"], self.usual["restore_point"])
         if kind is m.Hello:
             self.instances[name] = given.get("instance", usual["instance"])
         if kind is m.Captured:
@@ -124,6 +132,14 @@ class Script:
         values = {**usual, **given}
         return kind(**{field.name: values[field.name] for field in known if field.name in values})
 
+    def _begin(self, begun: Epoch, name: SnapshotId | None) -> cluster.Begin:
+        """From `name` in memory if it is held there, else in the store."""
+        held = [h.held() for h in self.machine.state.cluster.holdings if h.name == name and h.data]
+        point = name if not held or held[0] is None else held[0].snapshot
+        found = {"n": held[0]} if held and held[0] is not None else {}
+        chosen = Choice(point, 0 if name is None else name.step, found, 0, point if found else None)
+        return beginning(begun, chosen, ["n"], (), Shape(((0,),), 0))
+
     def _event(self, head: str, rest: str) -> None:
         machine, now = self.machine, self.now_s
         what, _, text = rest.partition(": ")
@@ -134,12 +150,15 @@ class Script:
             case "recorded", _:
                 assert self.record is not None
                 machine.recorded(self.record.peer, text or None, now)
-            case "flushed", _:
+            case "written", _:
                 assert self.flush is not None
-                machine.flush_done(self.flush.snapshot, self.flush.store, now)
+                machine.job.written(self.flush.number)
+            case "committed", _:
+                assert self.flush is not None
+                machine.job.committed(self.flush.number)
             case "flush", "fails":
                 assert self.flush is not None
-                machine.flush_failed(self.flush.snapshot, self.flush.store, text, now)
+                machine.job.flush_failed(self.flush.number, text)
             case "daemon", "restarts":
                 state = msgspec.msgpack.decode(msgspec.msgpack.encode(machine.state), type=NodeState)
                 recover(state, [slot.slot for slot in state.table.slots if slot.ready])
@@ -160,8 +179,9 @@ class Script:
         names = {number: name for name, number in self.names.items()}
         match action:
             case actions.Send(peer=peer, message=message):
-                beside = {"slots": action.slots, "readable": action.readable, "pieces": action.pieces}
+                beside = {"slots": action.slots, "readable": action.readable}
                 with_fds = "".join(f" + {kind} {shown(list(found))}" for kind, found in beside.items() if found)
+                with_fds += " + pieces" if action.pieces else ""
                 return f"{names.get(peer, peer)} < {shown(message)}{with_fds}"
             case actions.Disconnect(peer=peer):
                 self.names = {name: number for name, number in self.names.items() if number != peer}
@@ -169,9 +189,13 @@ class Script:
             case actions.WriteRecord():
                 self.record = action
                 return f"writes the record of {shown(action.record.epoch)} from {shown(action.record.restore_point)}"
-            case actions.StartFlush():
-                self.flush = action
-                return f"flushes {shown(action.snapshot)} from slots {shown(list(action.slots))} to {action.store}"
+            case cluster.Write(flush=flush):
+                self.flush = flush
+                return f"writes {shown(SnapshotId(flush.snapshot.epoch, flush.step))} to {flush.store}"
+            case cluster.Commit(flush=flush):
+                return f"commits {shown(SnapshotId(flush.snapshot.epoch, flush.step))} to {flush.store}"
+            case cluster.Free():
+                return f"frees {shown(action.snapshot)}"
             case actions.Drop():
                 return f"drops slot {action.slot}"
             case actions.Exit():

@@ -12,6 +12,7 @@ from ckptd.core.errors import UnrecoverableError
 from ckptd.core.types import SnapshotId
 from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.member import MemberMachine
+from ckptd.protocol.cluster.standing import Standing, Wish
 from ckptd.protocol.cluster.state import ClusterState, Holding, recover
 from ckptd.protocol.messages import Policy
 from tests.simulate.strings import (
@@ -27,7 +28,16 @@ from tests.simulate.strings import (
 )
 
 POLICY = Policy("/store", 1, None, None, 3, 0.01, None, 100.0)
-Task = m.Encode | m.Rebuild | m.Verify | m.Write | m.Commit
+Task = m.Describe | m.Encode | m.Rebuild | m.Verify | m.Write | m.Commit
+
+
+def subject(task: Task) -> SnapshotId:
+    """The snapshot that is worked on."""
+    return task.flush.snapshot if isinstance(task, m.Write | m.Commit) else task.snapshot
+
+
+def nothing(machine: MemberMachine) -> None:
+    """An event that only makes the daemon look where its ranks stand."""
 
 
 @dataclasses.dataclass
@@ -59,6 +69,7 @@ class Node:
         self.tasks: list[Task] = []
         self.trainer: Trainer | None = None
         self._declared: SnapshotId | None = None
+        self.wish: Wish | None = None
         self.start()
 
     def __repr__(self) -> str:
@@ -88,7 +99,7 @@ class Node:
             if holding.capturing and (self.trainer is None or not self._knows(holding.snapshot)):
                 self.machine.missed(holding.snapshot)
         self.world.oracle.check(self)
-        self._boundary()
+        self.event(nothing)
 
     def kill(self) -> None:
         """The daemon only."""
@@ -114,7 +125,11 @@ class Node:
         handler(machine, *arguments)
         if machine.state.epoch != epoch:
             self.tasks.clear()  # a Begin stops all work
+            self.wish = None
+        machine.stands(self._standing())
         actions = machine.take()
+        if machine.state.durable is not None:
+            self.world.oracle.durable(machine.state.durable)
         declared = machine.state.protected if machine.state.confirmed else None
         if declared != self._declared:
             self._declared = declared
@@ -143,13 +158,18 @@ class Node:
                 kept.pop(snapshot, None)
                 self.damaged.discard((snapshot, part))
                 self.world.oracle.check(self)
-                stopped = (m.Rebuild, m.Write) if part == "data" else (m.Encode,)
-                self.tasks = [t for t in self.tasks if not (t.snapshot == snapshot and isinstance(t, stopped))]
-            case m.Encode() | m.Rebuild() | m.Verify() | m.Write() | m.Commit():
+                stopped = (m.Describe, m.Rebuild, m.Write) if part == "data" else (m.Encode,)
+                self.tasks = [t for t in self.tasks if not (subject(t) == snapshot and isinstance(t, stopped))]
+            case m.Describe() | m.Encode() | m.Rebuild() | m.Verify() | m.Write() | m.Commit():
                 self.tasks.append(action)
+            case m.FlushEnded(outcome=outcome):
+                if outcome.error is None:
+                    self.world.say(f"    {self.arena}: {outcome.flush.snapshot} is durable")
+                if self.wish is not None and outcome.flush.snapshot >= self.wish.snapshot:
+                    self.wish = None
             case m.Leave():
                 self.lose()
-            case m.Revoke():
+            case _:  # what is dead the ranks answer as they would anyway; layouts and the end are not simulated
                 pass
 
     # --- the ranks
@@ -157,7 +177,7 @@ class Node:
     def begin_training(self, launch: int, step: int) -> None:
         """Ranks have restored and go on."""
         self.trainer = Trainer(launch, step)
-        self._boundary()
+        self.event(nothing)
 
     def end_training(self) -> None:
         """The ranks are dead; what they had not answered is missed."""
@@ -165,7 +185,7 @@ class Node:
         if trainer is not None:
             for snapshot in [*trainer.grants, *trainer.copying]:
                 self.event(MemberMachine.missed, snapshot)
-            self.event(MemberMachine.boundary, -1, False)
+            self.event(nothing)
 
     def step(self) -> None:
         """One more step is complete; a grant that is due begins to be copied, now or a step later."""
@@ -175,7 +195,7 @@ class Node:
             if not self.world.drifts():
                 self.trainer.grants.remove(snapshot)
                 self.trainer.copying[snapshot] = self.trainer.step
-        self._boundary()
+        self.event(nothing)
 
     def copied(self, snapshot: SnapshotId, missed: bool = False) -> None:
         """A copy is complete, or was spoilt."""
@@ -184,7 +204,7 @@ class Node:
             return  # said again when the daemon is back
         step = self.trainer.copying.pop(snapshot)
         holding = self.state.find(snapshot)
-        if missed or holding is None or holding.sealed is False or self.state.frozen:
+        if missed or holding is None or not holding.capturing or self.state.frozen:
             self.event(MemberMachine.missed, snapshot)
             return
         data = content(self.world.seed, snapshot, holding.string, step)
@@ -195,22 +215,38 @@ class Node:
         ):
             raise AssertionError(f"{self.arena} holds more than {self.world.slots} snapshots")
         self.world.oracle.captured(snapshot, holding.string, step, data)
-        self.event(MemberMachine.captured, snapshot, step, record_of(data))
+        self.event(MemberMachine.captured, snapshot, step)
 
     def _knows(self, snapshot: SnapshotId) -> bool:
         assert self.trainer is not None
         return snapshot in self.trainer.grants or snapshot in self.trainer.copying
 
-    def _boundary(self) -> None:
-        if self.trainer is not None:
-            self.event(MemberMachine.boundary, self.trainer.step)
+    def _standing(self) -> Standing:
+        """Where the ranks are. Slots hold strings, one to be rebuilt, and copies that nobody waits for any more."""
+        trainer, state = self.trainer, self.state
+        wishes = () if self.wish is None else (self.wish,)
+        if trainer is None or state.membership is None:
+            return Standing(wishes=wishes)
+        open_ones = {holding.snapshot for holding in state.holdings if holding.capturing}
+        own = [h.snapshot for h in state.holdings if h.shape == state.membership.shape]
+        held = [snapshot for snapshot in own if snapshot in self.data or snapshot == state.point]
+        stale = [s for s in (*trainer.grants, *trainer.copying) if s not in open_ones]
+        return Standing(trainer.step, max(0, self.world.slots - len(held) - len(stale)), wishes=wishes)
+
+    def wants_flush(self) -> None:
+        """Somebody asks for the newest sealed snapshot to be durable."""
+        newest = self.state.newest
+        if newest is not None:
+            assert POLICY.store is not None
+            self.wish = Wish(POLICY.store, newest.snapshot, self.state.ended)
+            self.event(nothing)
 
     # --- work
 
     def work(self, task: Task) -> None:
         """A task comes to its end."""
         self.tasks.remove(task)
-        holding = self.state.find(task.snapshot)
+        holding = self.state.find(subject(task))
         if holding is None:
             return
         try:
@@ -221,18 +257,23 @@ class Node:
             self._failed(task)
 
     def _failed(self, task: Task) -> None:
-        snapshot = task.snapshot
         match task:
-            case m.Encode():
+            case m.Describe(snapshot=snapshot):
+                self.event(MemberMachine.describing_failed, snapshot, (snapshot, "data") in self.damaged)
+            case m.Encode(snapshot=snapshot):
                 self.event(MemberMachine.encoding_failed, snapshot)
-            case m.Rebuild():
+            case m.Rebuild(snapshot=snapshot):
                 self.event(MemberMachine.rebuilding_failed, snapshot)
-            case m.Write() | m.Commit():
-                self.event(MemberMachine.flush_failed, snapshot)
+            case m.Write(flush=flush) | m.Commit(flush=flush):
+                self.event(MemberMachine.flush_failed, flush.number, "a fault")
 
     def _work(self, task: Task, holding: Holding) -> None:
-        snapshot = task.snapshot
+        snapshot = subject(task)
         match task:
+            case m.Describe():
+                if (snapshot, "data") in self.damaged:
+                    raise UnavailableError("damaged")
+                self.event(MemberMachine.described, snapshot, record_of(self.data[snapshot]))
             case m.Encode():
                 self._overwrite(holding)
                 self.parity[snapshot] = self._encoded(snapshot, holding)
@@ -247,14 +288,15 @@ class Node:
             case m.Verify(part=part):
                 intact = self._intact(snapshot, part, holding)
                 self.event(MemberMachine.verified, snapshot, part, intact)
-            case m.Write():
-                if not self._intact(snapshot, "data", holding):
+            case m.Write(flush=flush):
+                if (snapshot, "data") in self.damaged:
                     raise UnavailableError("damaged")
-                self.world.store.write(snapshot, holding.string, holding.shape.count, self.data[snapshot])
-                self.event(MemberMachine.written, snapshot)
-            case m.Commit():
-                self.world.store.commit(snapshot)
-                self.event(MemberMachine.committed, snapshot)
+                name = SnapshotId(snapshot.epoch, flush.step)
+                self.world.store.write(name, holding.string, holding.shape.count, self.data[snapshot])
+                self.event(MemberMachine.written, flush.number)
+            case m.Commit(flush=flush):
+                self.world.store.commit(SnapshotId(snapshot.epoch, flush.step))
+                self.event(MemberMachine.committed, flush.number)
 
     def _repaired(self, snapshot: SnapshotId, part: str) -> None:
         """It is whole again. Once a newer epoch is promised that comes too late: the promise says that it is not."""
@@ -270,7 +312,10 @@ class Node:
 
     def _intact(self, snapshot: SnapshotId, part: str, holding: Holding) -> bool:
         if part == "data":
-            return snapshot in self.data and agrees(self.data[snapshot], holding.records[holding.string])
+            record = holding.records.get(holding.string)
+            if record is None:  # its checksums are those of its chunks
+                return snapshot in self.data and (snapshot, "data") not in self.damaged
+            return snapshot in self.data and agrees(self.data[snapshot], record)
         return snapshot in self.parity and agrees(self.parity[snapshot], self.parity_records[snapshot])
 
     def peers(self, number: int) -> list[Node]:

@@ -79,13 +79,18 @@ class Oracle:
             raise BrokenPromiseError(f"string {string} of {snapshot} is captured twice")
         self.truth[snapshot][string] = step, data.copy()
 
+    def name(self, snapshot: SnapshotId) -> SnapshotId:
+        """Of a grant, by the step that was captured."""
+        return SnapshotId(snapshot.epoch, max(step for step, _ in self.truth[snapshot].values()))
+
+    def durable(self, name: SnapshotId) -> None:
+        """A daemon believes that a checkpoint exists."""
+        if name not in self.store.committed:
+            raise BrokenPromiseError(f"{name} is taken for durable and not committed")
+
     def announced(self, node: Node, announce: m.Announce) -> None:
         """A daemon has told its trainers."""
         snapshot = announce.snapshot
-        if announce.level == Level.DURABLE:
-            if snapshot not in self.store.committed:
-                raise BrokenPromiseError(f"{snapshot} is announced durable and not committed")
-            return
         if not self._is_fenced(node) and announce.level == Level.SEALED:
             found = self._checked(node, snapshot, announce.level)
             self.sealed = found if _is_news(found, self.sealed) else self.sealed
@@ -141,26 +146,26 @@ class Oracle:
 
     def chosen(self, epoch: Epoch, choice: Choice, promised: Collection[str]) -> None:
         """A restart has chosen its restore point from those who promised."""
-        point = choice.point
-        if point is not None and live([point], self.store.records)[:1] != [point]:
-            raise BrokenPromiseError(f"{point} is restored, of a dead branch")
+        point, name = choice.point, choice.name
+        if name is not None and live([name], self.store.records)[:1] != [name]:
+            raise BrokenPromiseError(f"{name} is restored, of a dead branch")
         for found, is_due in ((self.protected, self._losses_are_covered), (self.sealed, self._has_no_loss)):
-            if found is not None and (point is None or point < found.snapshot) and is_due(found, promised):
+            if found is not None and (name is None or name < self.name(found.snapshot)) and is_due(found, promised):
                 what = "protected" if found is self.protected else "sealed, and nothing is lost"
-                raise BrokenPromiseError(f"{found.snapshot} was {what}; {point} is restored")
+                raise BrokenPromiseError(f"{found.snapshot} was {what}; {name} is restored")
         if point is not None and choice.held:
             self._restore(point, choice)
-        elif point is not None and point not in self.store.committed:
-            raise BrokenPromiseError(f"{point} is restored from nowhere")
+        elif name is not None and name not in self.store.committed:
+            raise BrokenPromiseError(f"{name} is restored from nowhere")
 
     def recorded(self, epoch: Epoch, choice: Choice, promises: Mapping[str, m.Promise]) -> None:
         """The choice holds: what is newer is on a dead branch now. What is kept as protected takes the place of what
         was announced, which is as old or older."""
-        point, kept = choice.point, choice.protected
+        point, name, kept = choice.point, choice.name, choice.protected
         self.begun = epoch if self.begun is None else max(self.begun, epoch)
-        if self.protected is not None and (point is None or self.protected.snapshot > point):
+        if self.protected is not None and (name is None or self.name(self.protected.snapshot) > name):
             self.protected = None
-        if self.sealed is not None and (point is None or self.sealed.snapshot > point):
+        if self.sealed is not None and (name is None or self.name(self.sealed.snapshot) > name):
             self.sealed = None
         known = self.protected
         if (
@@ -179,13 +184,15 @@ class Oracle:
         self._check_all()
 
     def _losses_are_covered(self, found: Announced, promised: Collection[str]) -> bool:
-        if live([found.snapshot], self.store.records)[:1] != [found.snapshot]:
+        name = self.name(found.snapshot)
+        if live([name], self.store.records)[:1] != [name]:
             return False
         lost = [n for n, arena in enumerate(found.holders) if not self._is_whole(found, arena, promised)]
         return all(len(set(lost).intersection(group)) <= found.shape.parity for group in found.shape.groups)
 
     def _has_no_loss(self, found: Announced, promised: Collection[str]) -> bool:
-        if live([found.snapshot], self.store.records)[:1] != [found.snapshot]:
+        name = self.name(found.snapshot)
+        if live([name], self.store.records)[:1] != [name]:
             return False
         return all(self._is_whole(found, arena, promised) for arena in found.holders)
 

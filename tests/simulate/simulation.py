@@ -166,7 +166,7 @@ class Simulation:
         chances.append(Chance(0.02, node.event, (MemberMachine.repeat,)))
         chances.append(Chance(0.02, node.event, (MemberMachine.scrub,)))
         if node.machine.state.number == 0:
-            chances.append(Chance(0.02, node.event, (MemberMachine.want_flush,)))
+            chances.append(Chance(0.02, node.wants_flush))
         if node.machine.state.holdings:
             chances.append(Chance(0.002, self._deadline, (node,)))
         return chances
@@ -198,7 +198,7 @@ class Simulation:
         if node.machine.state.holdings:
             snapshot = pick(node.machine.state.holdings).snapshot
             chances.append(Chance(0.5, node.event, (MemberMachine.give_up_parity, snapshot)))
-            chances.append(Chance(0.5, node.event, (MemberMachine.expire, snapshot)))
+            chances.append(Chance(0.5, node.event, (MemberMachine.missed, snapshot)))
         if node.trainer is not None and node.trainer.copying:
             chances.append(Chance(1, node.copied, (pick(list(node.trainer.copying)), True)))
         return chances
@@ -303,7 +303,6 @@ class Simulation:
             arenas,
             guests,
             shape,
-            self.slots,
             nonce,
             number=number,
             records=list(self.store.records),

@@ -10,7 +10,9 @@ Invariants
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import msgspec
 
 from ckptd.core.lineage import EpochRecord, live
 from ckptd.core.types import Epoch, SnapshotId
@@ -24,14 +26,20 @@ MAX_RECORDS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Where an epoch begins. `held`: in memory, what the arenas have of `point`; empty if it is in the store only.
-    `tolerates`: how many more losses in a group leave it recoverable. `protected`: what is kept beside it."""
+    """Where an epoch begins. `held`: in memory, what the arenas have of `point`; empty if it is in the store only, and
+    then `point` is named by its step. `tolerates`: how many more losses in a group leave it recoverable. `protected`:
+    what is kept beside it."""
 
     point: SnapshotId | None
     step: int
     held: dict[str, Held]
     tolerates: int
     protected: SnapshotId | None
+
+    @property
+    def name(self) -> SnapshotId | None:
+        """Of the point, by its step: as the store and the lineage know it."""
+        return None if self.point is None else SnapshotId(self.point.epoch, self.step)
 
 
 def tolerated(held: Collection[Held]) -> int | None:
@@ -61,27 +69,40 @@ def may_be_protected(held: Collection[Held]) -> bool:
 
 
 def choose(
-    promises: Sequence[m.Promise], records: Iterable[EpochRecord], stored: Collection[SnapshotId] = ()
+    promises: Sequence[m.Promise],
+    records: Iterable[EpochRecord],
+    stored: Collection[SnapshotId] = (),
+    wanted: Callable[[SnapshotId], bool] = lambda name: True,
+    spoiled: Collection[SnapshotId] = (),
 ) -> Choice:
-    """The restore point, from all that was promised, the lineage, and what is committed in the store."""
+    """The restore point, from all that was promised, the lineage, and what is committed in the store. `wanted` narrows
+    what may be restored; what is `spoiled` cannot be read from memory. Both by name."""
     held: dict[SnapshotId, dict[str, Held]] = {}
     for promise in promises:
         for item in promise.held:
             held.setdefault(item.snapshot, {})[promise.arena] = item
-    lineage = {record for promise in promises for record in promise.records} | set(records)
-    alive = live({*held, *stored}, lineage)
-    left = {s: tolerated(list(found.values())) for s, found in held.items()}
-    point = next((s for s in alive if left.get(s) is not None or s in stored), None)
-    if point is None or left.get(point) is None:
-        return Choice(point, 0 if point is None else point.step, {}, 0, None)
+    names = {snapshot: SnapshotId(snapshot.epoch, _step_of(found)) for snapshot, found in held.items()}
+    left = {s: tolerated(list(found.values())) for s, found in held.items() if names[s] not in spoiled}
+    whole = {names[s]: s for s in held if left.get(s) is not None}
+    lineage = {record.epoch: record for promise in promises for record in promise.records}
+    lineage |= {record.epoch: record for record in records}
+    alive = live({*whole, *stored}, lineage.values())
+    name = next((s for s in alive if wanted(s)), None)
+    if name is None or name not in whole:
+        return Choice(name, 0 if name is None else name.step, {}, 0, None)
+    point = whole[name]
     known = {promise.protected for promise in promises}
     kept = [
-        s
+        whole[s]
         for s in alive
-        if s <= point and left.get(s) is not None and (s in known or may_be_protected(list(held[s].values())))
+        if s <= name and s in whole and (whole[s] in known or may_be_protected(list(held[whole[s]].values())))
     ]
-    step = next(h.step for h in held[point].values() if h.data)
-    return Choice(point, step, held[point], left[point] or 0, kept[0] if kept else None)
+    return Choice(point, name.step, held[point], left[point] or 0, kept[0] if kept else None)
+
+
+def _step_of(held: dict[str, Held]) -> int:
+    """The step of a snapshot; the data tell, where members do not agree."""
+    return next((item.step for item in held.values() if item.data), next(iter(held.values())).step)
 
 
 def numbered(arenas: Sequence[str], held: dict[str, Held], shape: Shape) -> tuple[tuple[str, ...], bool]:
@@ -106,6 +127,22 @@ def _worth(item: Held | None) -> int:
 # --- rank 0
 
 
+def beginning(epoch: Epoch, chosen: Choice, arenas: Sequence[str], guests: tuple[str, ...], shape: Shape) -> m.Begin:
+    """What everybody is told of an epoch that starts from `chosen`."""
+    order, continued = numbered(arenas, chosen.held, shape)
+    holders = {arena: chosen.held[arena].string for arena in guests if arena in chosen.held}
+    return m.Begin(
+        epoch,
+        Membership(epoch, order, guests, shape),
+        chosen.point,
+        chosen.step,
+        continued,
+        chosen.tolerates,
+        holders,
+        chosen.protected,
+    )
+
+
 class Launch:
     """Begins an epoch for `arenas`, the nodes of the job, with earlier members (`guests`) as far as they answer.
 
@@ -117,7 +154,6 @@ class Launch:
         arenas: Sequence[str],
         guests: Sequence[str],
         shape: Shape,
-        slots: int,
         nonce: str,
         *,
         number: int = 1,
@@ -131,7 +167,7 @@ class Launch:
         """To be written into the store before anything begins."""
         self.begun: set[str] = set()
         self.promises: dict[str, m.Promise] = {}
-        self._guests, self._slots = tuple(guests), slots
+        self._guests = tuple(guests)
         self._records, self._stored = records, stored
         self._expired = False
         self._begin: m.Begin | None = None
@@ -162,21 +198,8 @@ class Launch:
     def recorded(self) -> None:
         """The record is durable, or there is no store."""
         assert self.choice is not None
-        order, continued = numbered(self.arenas, self.choice.held, self.shape)
         guests = tuple(arena for arena in self.promises if arena not in self.arenas)
-        membership = Membership(self.epoch, order, guests, self.shape, self._slots)
-        chosen = self.choice
-        holders = {arena: chosen.held[arena].string for arena in guests if arena in chosen.held}
-        self._begin = m.Begin(
-            self.epoch,
-            membership,
-            chosen.point,
-            chosen.step,
-            continued,
-            chosen.tolerates,
-            holders,
-            chosen.protected,
-        )
+        self._begin = beginning(self.epoch, self.choice, self.arenas, guests, self.shape)
 
     def messages(self) -> list[tuple[str, m.ClusterMessage]]:
         """What those who have not answered are to be told, as often as it takes."""
@@ -194,7 +217,7 @@ class Launch:
             return
         if self._expired or answered >= set(self._guests):
             self.choice = choose(list(self.promises.values()), self._records, self._stored)
-            self.record = EpochRecord(self.epoch, self.choice.point)
+            self.record = EpochRecord(self.epoch, self.choice.name)
 
 
 # --- a member
@@ -216,10 +239,16 @@ def begin(state: ClusterState, message: m.Begin) -> list[m.Free]:
     membership = message.membership
     state.membership, state.promised = membership, membership.epoch
     state.number = membership.arenas.index(state.arena) if state.arena in membership.arenas else None
-    state.point, state.tolerates, state.holders = message.point, message.tolerates, message.holders
+    state.point, state.point_step = message.point, message.step
+    state.tolerates, state.holders = message.tolerates, message.holders
     state.protected, state.confirmed, state.granted = message.protected, False, 0
     state.continued = message.continued and state.number is not None
-    state.records = [*state.records, EpochRecord(membership.epoch, message.point)][-MAX_RECORDS:]
+    state.records = [*state.records, EpochRecord(membership.epoch, state.restore_point)][-MAX_RECORDS:]
+    goes_on = state.flushing is not None and state.flushing.snapshot == message.point and state.continued
+    state.flush = msgspec.structs.replace(state.flushing, number=1) if goes_on and state.flushing else None
+    state.last, state.written = None, 0
+    if state.durable is not None and (state.restore_point is None or state.durable > state.restore_point):
+        state.durable = None  # on a branch that is left
     freed: list[m.Free] = []
     for holding in list(state.holdings):
         kept = holding.snapshot in (message.point, message.protected) and not holding.freed
@@ -232,6 +261,16 @@ def begin(state: ClusterState, message: m.Begin) -> list[m.Free]:
     return freed
 
 
+def adopted(state: ClusterState, epoch: Epoch, name: SnapshotId | None, *, alone: bool) -> m.Begin:
+    """What an arena takes an epoch for, that went on from `name`, when it comes too late for its Begin: as the only
+    member if the job is `alone` on this node, else as none."""
+    shape = Shape(((0,),), 0) if alone else Shape((), 0)
+    arenas = (state.arena,) if alone else ()
+    state.promised = epoch
+    membership = Membership(epoch, arenas, (), shape)
+    return m.Begin(epoch, membership, name, 0 if name is None else name.step, False, 0, {}, None)
+
+
 def _continue(state: ClusterState, message: m.Begin) -> None:
     """The restore point becomes a snapshot of the new epoch: its facts are posted anew."""
     assert message.point is not None
@@ -242,7 +281,7 @@ def _continue(state: ClusterState, message: m.Begin) -> None:
         state.holdings.append(holding)
     holding.step, holding.capturing = message.step, False
     holding.sealed, holding.parity = True if holding.data else None, None
-    holding.written = holding.late = False
+    holding.late, holding.replicas, holding.agreed = False, {}, True
 
 
 def newest_known(state: ClusterState, decided: m.Decided) -> SnapshotId | None:

@@ -42,7 +42,6 @@ class Membership(msgspec.Struct, frozen=True):
     arenas: tuple[str, ...]
     guests: tuple[str, ...]
     shape: Shape
-    slots: int
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -60,19 +59,31 @@ class Held(msgspec.Struct, frozen=True):
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
     """The facts of a snapshot, of one member or of all in a subtree: True and False are facts, None is unknown.
-    `late`: a grant came after its step, or after a later grant. `written`: its files are in the store."""
+
+    Of an open grant: it is to be used from the boundary of its number on, or if it was asked for, `at` that boundary;
+    `compare`: ranks say what they hold in common, `replicas`. `late`: a grant came after its step, or after a later
+    grant. `differ`: what should have been the same on several ranks was not.
+    """
 
     snapshot: SnapshotId
     step: int | None = None
     sealed: bool | None = None
     parity: bool | None = None
-    written: bool = False
     late: bool = False
+    at: int | None = None
+    compare: bool = False
+    replicas: dict[int, int] = {}
+    differ: bool = False
 
     @property
     def protected(self) -> bool:
         """Sealed and Parity by all that this speaks for."""
         return self.sealed is True and self.parity is True
+
+    @property
+    def wanted_step(self) -> int:
+        """The first boundary at which an open grant is to be used."""
+        return self.snapshot.step if self.at is None else self.at
 
 
 def parent_of(number: int, fan_out: int = FAN_OUT) -> int | None:
@@ -86,21 +97,29 @@ def children_of(number: int, count: int, fan_out: int = FAN_OUT) -> range:
 
 
 def conjunction(snapshot: SnapshotId, entries: Iterable[Entry | None]) -> Entry:
-    """What holds of all; one that says nothing (None) knows nothing. Different steps are no snapshot."""
-    step: int | None = None
-    sealed: bool | None = True
-    parity: bool | None = True
-    written, late = True, False
-    for entry in entries:
-        if entry is None:
-            sealed, parity, written = both(sealed, None), both(parity, None), False
-            continue
-        agrees = step is None or entry.step is None or entry.step == step
-        sealed = both(sealed, entry.sealed if agrees else False)
-        parity = both(parity, entry.parity)
-        step = entry.step if step is None else step
-        written, late = written and entry.written, late or entry.late
-    return Entry(snapshot, step, sealed, parity, written, late)
+    """What holds of all; one that says nothing (None) knows nothing. Different steps are no snapshot, nor is one in
+    which ranks hold different things in common."""
+    found = list(entries)
+    known = [entry for entry in found if entry is not None]
+    sealed: bool | None = None if len(known) < len(found) else True
+    parity: bool | None = sealed
+    replicas: dict[int, int] = {}
+    for entry in known:
+        sealed, parity = both(sealed, entry.sealed), both(parity, entry.parity)
+        replicas |= entry.replicas
+    steps = {entry.step for entry in known if entry.step is not None}
+    differ = any(replicas[name] != said for entry in known for name, said in entry.replicas.items())
+    if len(steps) > 1 or differ:
+        sealed = False
+    return Entry(
+        snapshot,
+        min(steps, default=None),
+        sealed,
+        parity,
+        late=any(entry.late for entry in known),
+        replicas=replicas,
+        differ=differ or any(entry.differ for entry in known),
+    )
 
 
 def both(first: bool | None, second: bool | None) -> bool | None:
@@ -119,8 +138,11 @@ def merged(old: Entry | None, new: Entry) -> Entry:
         step=new.step if old.step is None else old.step,
         sealed=_either(old.sealed, new.sealed),
         parity=_either(old.parity, new.parity),
-        written=old.written or new.written,
         late=old.late or new.late,
+        at=new.at if old.at is None else old.at,
+        compare=old.compare or new.compare,
+        replicas={**old.replicas, **new.replicas} if old.replicas or new.replicas else {},
+        differ=old.differ or new.differ,
     )
 
 

@@ -12,19 +12,21 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from ckptd.core.types import Level, SnapshotId
+from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.protocol.cadence import Cadence
 from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.epoch import begin, newest_known, promise
 from ckptd.protocol.cluster.facts import FAN_OUT, Entry, Part, children_of, conjunction, merged, newer, parent_of
+from ckptd.protocol.cluster.flushing import Flushing
 from ckptd.protocol.cluster.parity import Work
 from ckptd.protocol.cluster.root import DEAD, Root
+from ckptd.protocol.cluster.standing import Failure, Flush, Outcome, Standing, together
 from ckptd.protocol.cluster.state import ClusterState, Holding
-from ckptd.protocol.messages import Policy
+from ckptd.protocol.messages import MAX_TEXT, Policy
 
 
 class MemberMachine:
@@ -32,8 +34,10 @@ class MemberMachine:
 
     def __init__(self, state: ClusterState, policy: Policy | None = None, fan_out: int = FAN_OUT) -> None:
         self.state = state
+        self.policy = policy
+        """Of the job; takes effect with the next epoch."""
+        self.now_s = 0.0
         self._fan_out = fan_out
-        self._policy = policy
         self._out: list[m.MemberAction] = []
         self._enter()
 
@@ -45,18 +49,22 @@ class MemberMachine:
         self._below: dict[int, m.Facts] = {}
         self._gathered: m.Facts | None = None
         self._work = Work()
-        self._writing: SnapshotId | None = None
-        self._committing: SnapshotId | None = None
-        self._ended: SnapshotId | None = None
-        self._revoked: set[SnapshotId] = set()
-        self._boundary = -1
-        self._able = False
+        self._writing = self._committing = 0
+        self._failed: Failure | None = None
+        self._standing = Standing()
+        self._disbanded = False
         self._told_up: m.Facts | None = None
         self._told_down: m.Decided | None = None
         self._root: Root | None = None
         if state.number == 0:
-            started_at = 0 if state.point is None else state.point.step
-            self._root = Root(None if self._policy is None else Cadence(self._policy, started_at))
+            started_at = max(state.point_step, 0 if state.durable is None else state.durable.step)
+            cadence = None if self.policy is None else Cadence(self.policy, started_at)
+            self._root = Root(cadence, Flushing(self.policy, cadence, state.durable))
+
+    @property
+    def interval(self) -> int | None:
+        """Root: steps between snapshots."""
+        return None if self._root is None or self._root.cadence is None else self._root.cadence.interval
 
     # --- events
 
@@ -71,9 +79,11 @@ class MemberMachine:
         state = self.state
         match message:
             case m.Prepare():
-                self._out.append(m.Tell(answer_to, promise(state, message.epoch)))
+                self._out.append(m.Tell(answer_to, self.prepare(message.epoch)))
             case m.Begin():
-                self._begin(message, answer_to)
+                self.begin(message)
+                if state.epoch == message.epoch and not state.frozen:
+                    self._out.append(m.Tell(answer_to, m.Begun(message.epoch, state.arena)))
             case _ if state.frozen or message.epoch != state.epoch:
                 return
             case m.Facts():
@@ -87,44 +97,63 @@ class MemberMachine:
             case m.Recorded():
                 self._work.acknowledged.setdefault(message.snapshot, set()).add(message.sender)
 
-    def boundary(self, step: int, able: bool = True) -> None:
-        """The node's ranks have completed `step`; `able`: all are there and may be granted a capture."""
-        self._boundary = max(self._boundary, step)
-        self._able = able
+    def prepare(self, epoch: Epoch) -> m.Promise | m.Refuse:
+        """Promises not to serve lower epochs, and freezes."""
+        return promise(self.state, epoch)
 
-    def captured(self, snapshot: SnapshotId, step: int, record: bytes) -> None:
-        """All ranks of the node have captured a grant at `step`, checksums verified."""
+    def begin(self, message: m.Begin) -> None:
+        """The epoch that was promised begins; anything else is ignored."""
+        if self.state.epoch != message.epoch and self.state.promised == message.epoch:
+            self._out += begin(self.state, message)
+            self._enter()
+
+    def stands(self, standing: Standing) -> None:
+        """Where the node's ranks stand now. What this machine knows itself - flushes - is not looked at."""
+        self._standing = standing
+
+    def captured(self, snapshot: SnapshotId, step: int, replicas: Mapping[int, int] | None = None) -> bool:
+        """All ranks of the node have captured a grant at `step`, checksums verified. Whether it is kept."""
         holding = self.state.find(snapshot)
-        if holding is None or not holding.capturing or self.state.frozen:
-            return
-        holding.capturing = False
-        if holding.sealed is None:
-            assert self.state.number is not None
-            holding.sealed = holding.data = True
+        if holding is None or not holding.capturing or holding.sealed is not None or self.state.frozen:
+            return False
+        holding.capturing, holding.sealed, holding.data = False, True, True
+        holding.step, holding.replicas = step, dict(replicas or {})
+        return True
+
+    def used(self, snapshot: SnapshotId, step: int) -> None:
+        """A rank has captured a grant at `step`: it is too late to take it back."""
+        holding = self.state.find(snapshot)
+        if holding is not None and holding.capturing and holding.step is None and not self.state.frozen:
             holding.step = step
-            holding.records[self.state.number] = record
 
     def missed(self, snapshot: SnapshotId, late: bool = False) -> None:
-        """The ranks have answered, and not all have captured the grant."""
+        """Not all ranks will capture the grant."""
         holding = self.state.find(snapshot)
         if holding is not None and holding.capturing and not self.state.frozen:
-            holding.capturing = False
-            if holding.sealed is None:
-                holding.sealed, holding.late = False, late
+            holding.capturing, holding.sealed, holding.late = False, False, late
 
-    def expire(self, snapshot: SnapshotId) -> None:
-        """The ranks take too long over a grant."""
+    def described(self, snapshot: SnapshotId, record: bytes) -> None:
+        """The seal record of this member's string."""
         holding = self.state.find(snapshot)
-        if holding is not None and holding.sealed is None and holding.capturing and not self.state.frozen:
-            holding.sealed = False
+        if holding is not None and self._work.describing == snapshot and not self.state.frozen:
+            assert self.state.number is not None
+            self._work.describing = None
+            holding.records[self.state.number] = record
+
+    def describing_failed(self, snapshot: SnapshotId, damaged: bool) -> None:
+        """It cannot be done now; or the string is `damaged`, and is rebuilt where that is possible."""
+        holding = self.state.find(snapshot)
+        if holding is not None and self._work.describing == snapshot and not self.state.frozen:
+            self._work.describing_failed(snapshot)
+            holding.data = not damaged
 
     def give_up_parity(self, snapshot: SnapshotId) -> None:
         """Encoding, or rebuilding before it, takes too long: goes on until something newer is sealed, or protected."""
         state, holding = self.state, self.state.find(snapshot)
-        if holding is None or state.frozen or state.membership is None or not state.is_current(snapshot):
+        if holding is None or state.frozen or not state.is_current(snapshot):
             return
-        follows = any(verdict.sealed and s > snapshot for s, verdict in self.verdicts.items())
-        if (follows or snapshot == state.protected) and holding.parity is None and holding.shape.parity:
+        replaceable = snapshot == state.protected or self._is_followed(snapshot)
+        if replaceable and holding.parity is None and holding.shape.parity:
             holding.parity = False
 
     def encoded(self, snapshot: SnapshotId) -> None:
@@ -153,27 +182,20 @@ class MemberMachine:
         """Too few sources can be had now."""
         self._work.rebuilding_failed(snapshot)
 
-    def want_flush(self) -> None:
-        """Root: the newest sealed snapshot is to be made durable."""
-        if self._root is not None:
-            self._root.flush_wanted = True
+    def written(self, number: int) -> None:
+        """This node's files of a flush are in the store, synced and listed."""
+        if self._writing == number and not self.state.frozen:
+            self.state.written = number
 
-    def written(self, snapshot: SnapshotId) -> None:
-        """This node's files of a checkpoint are in the store, synced and listed."""
-        holding = self.state.find(snapshot)
-        if holding is not None and self._writing == snapshot and not self.state.frozen:
-            self._writing, holding.written = None, True
-
-    def flush_failed(self, snapshot: SnapshotId) -> None:
+    def flush_failed(self, number: int, error: str) -> None:
         """Files or COMMIT cannot be written: the flush ends for all."""
-        self._ended = newer(self._ended, snapshot)
-        self._writing = None if self._writing == snapshot else self._writing
+        if number in (self._writing, self._committing):
+            self._failed = Failure(number, error[:MAX_TEXT])
 
-    def committed(self, snapshot: SnapshotId) -> None:
+    def committed(self, number: int) -> None:
         """Root: COMMIT is in the store."""
-        if self._root is not None and self._committing == snapshot and not self.state.frozen:
-            self._committing = None
-            self._root.committed(snapshot)
+        if self._root is not None and self._committing == number and not self.state.frozen:
+            self._root.flushing.end(number, None)
 
     def scrub(self) -> None:
         """Verify the next thing that is held."""
@@ -194,16 +216,6 @@ class MemberMachine:
 
     # --- what arrives
 
-    def _begin(self, message: m.Begin, answer_to: str) -> None:
-        state = self.state
-        if state.epoch != message.epoch:
-            if state.promised != message.epoch:
-                return
-            self._out += begin(state, message)
-            self._enter()
-        if not state.frozen:
-            self._out.append(m.Tell(answer_to, m.Begun(message.epoch, state.arena)))
-
     def _hear_facts(self, message: m.Facts) -> None:
         assert self.state.membership is not None
         if self.state.number is None or message.sender not in self._children():
@@ -221,34 +233,55 @@ class MemberMachine:
         state, known = self.state, self._known
         assert known is not None
         for verdict in message.verdicts:
-            old = self.verdicts.get(verdict.snapshot)
-            new = self.verdicts[verdict.snapshot] = merged(old, verdict)
-            if new.sealed and (old is None or not old.sealed) and new.step is not None:
-                self._out.append(m.Announce(new.snapshot, new.step, Level.SEALED))
+            self._learn_verdict(verdict)
         protected = message.protected
         if protected is not None and (known.protected is None or protected > known.protected):
             state.protected, state.confirmed = newer(state.protected, protected), True
             step = self._step(protected)
             if step is not None:
                 self._out.append(m.Announce(protected, step, Level.PROTECTED))
-        if message.durable is not None and (known.durable is None or message.durable > known.durable):
-            self._out.append(m.Announce(message.durable, self._step(message.durable) or 0, Level.DURABLE))
-        dead = sorted((s for s, verdict in self.verdicts.items() if verdict.sealed is False), reverse=True)
+        self._learn_flush(message.flush, message.last)
         protected = newer(known.protected, protected)
-        flushing = newer(known.flushing, message.flushing)
+        dead = sorted((s for s, verdict in self.verdicts.items() if verdict.sealed is False), reverse=True)
         for snapshot in {*dead[DEAD:], *(s for s in self.verdicts if protected is not None and s < protected)}:
-            if snapshot != flushing and state.find(snapshot) is None:
+            if not self._is_flushing(snapshot) and state.find(snapshot) is None:
                 del self.verdicts[snapshot]
+        if message.survey > known.survey:
+            self._out.append(m.Survey(message.survey))
+        if message.plan > known.plan:
+            self._out.append(m.Gather(message.plan))
         self._known = m.Decided(
             message.epoch,
             state.number or 0,
             tuple(self.verdicts[s] for s in sorted(self.verdicts)),
             protected,
             newer(known.encoding, message.encoding),
-            flushing,
-            newer(known.ended, message.ended),
-            newer(known.durable, message.durable),
+            max(known.survey, message.survey),
+            max(known.plan, message.plan),
+            state.flush,
+            state.last,
+            known.closed or message.closed,
         )
+
+    def _learn_verdict(self, verdict: Entry) -> None:
+        old = self.verdicts.get(verdict.snapshot)
+        new = self.verdicts[verdict.snapshot] = merged(old, verdict)
+        if new.sealed and (old is None or not old.sealed) and new.step is not None:
+            self._out.append(m.Announce(new.snapshot, new.step, Level.SEALED))
+        if new.differ and (old is None or not old.differ):
+            self._out.append(m.Differ(new.snapshot))
+
+    def _learn_flush(self, flush: Flush | None, last: Outcome | None) -> None:
+        state = self.state
+        if flush is not None and (state.flush is None or flush.number > state.flush.number):
+            state.flush = flush
+        if last is None or (state.last is not None and last.flush.number <= state.last.flush.number):
+            return
+        state.last = last
+        own = self.policy is not None and last.flush.store == self.policy.store
+        if own and last.error is None:
+            state.durable = SnapshotId(last.flush.snapshot.epoch, last.flush.step)
+        self._out.append(m.FlushEnded(last))
 
     def _step(self, snapshot: SnapshotId) -> int | None:
         verdict, holding = self.verdicts.get(snapshot), self.state.find(snapshot)
@@ -281,13 +314,17 @@ class MemberMachine:
         while before != (own := self._own(), self._known):
             before = (own, self._known)
             if self._root is not None:
-                self._learn(self._root.decide(state, self._up(own)))
+                self._learn(self._root.decide(state, self._up(own), self.now_s))
                 self._commit()
             self._follow()
             self._protect()
             self._flush()
             self._free()
-        self._tell(own)
+        up = self._up(own)
+        self._tell(up)
+        if self._known.closed and up.standing.parted and not self._disbanded:
+            self._disbanded = True
+            self._out.append(m.Disband())
 
     def _children(self) -> range:
         assert self.state.membership is not None
@@ -297,7 +334,7 @@ class MemberMachine:
     def _is_wanted(self, snapshot: SnapshotId) -> bool:
         """Facts of it are not superseded."""
         known = self._known
-        return known is None or known.protected is None or snapshot >= known.protected or snapshot == known.flushing
+        return known is None or known.protected is None or snapshot >= known.protected or self._is_flushing(snapshot)
 
     def _own(self) -> m.Facts:
         """What this member has posted."""
@@ -306,17 +343,17 @@ class MemberMachine:
         assert state.number is not None
         assert known is not None
         current = [h for h in state.holdings if state.is_current(h.snapshot) and self._is_wanted(h.snapshot)]
+        parted = known.closed and len(self._below) == len(self._children())
         return m.Facts(
             state.epoch,
             state.number,
             tuple(holding.entry() for holding in sorted(current, key=lambda h: h.snapshot)),
             heard=1,
-            ready=self._able and state.has_room(),
-            boundary=self._boundary,
+            standing=msgspec.structs.replace(self._standing, written=state.written, failed=self._failed, parted=parted),
             granted=state.granted,
             encoding=known.encoding,
-            flushing=known.flushing,
-            ended=newer(known.ended, self._ended),
+            flush=state.flush,
+            last=state.last,
         )
 
     def _up(self, own: m.Facts) -> m.Facts:
@@ -335,25 +372,25 @@ class MemberMachine:
             return None
         found = [{entry.snapshot: entry for entry in facts.entries} if facts else {} for facts in parts]
         wanted = sorted(s for s in {s for entries in found for s in entries} if self._is_wanted(s))
+        outcomes = [facts.last for facts in heard if facts.last is not None]
         return m.Facts(
             heard[0].epoch,
             heard[0].sender,
             tuple(conjunction(s, [entries.get(s) for entries in found]) for s in wanted),
             heard=sum(facts.heard for facts in heard),
-            ready=all(facts.ready for facts in heard),
-            boundary=max(facts.boundary for facts in heard),
+            standing=together([facts.standing for facts in heard]),
             granted=max(facts.granted for facts in heard),
             encoding=_newest(facts.encoding for facts in heard),
-            flushing=_newest(facts.flushing for facts in heard),
-            ended=_newest(facts.ended for facts in heard),
+            flush=max((f.flush for f in heard if f.flush is not None), key=_number, default=None),
+            last=max(outcomes, key=lambda outcome: outcome.flush.number, default=None),
         )
 
     def _commit(self) -> None:
         assert self._root is not None
-        snapshot = self._root.to_commit()
-        if snapshot is not None and self._committing != snapshot:
-            self._committing = snapshot
-            self._out.append(m.Commit(snapshot))
+        flush = self._root.flushing.to_commit()
+        if flush is not None and self._committing != flush.number:
+            self._committing = flush.number
+            self._out.append(m.Commit(flush))
 
     def _follow(self) -> None:
         """Open verdicts are grants; dead ones take them back."""
@@ -363,29 +400,31 @@ class MemberMachine:
             verdict, holding = self.verdicts[snapshot], state.find(snapshot)
             if holding is None and verdict.sealed is None and snapshot.epoch == state.epoch:
                 if floor is None or snapshot > floor:
-                    self._granted(snapshot)
-            elif holding is not None and holding.capturing and False in (verdict.sealed, holding.sealed):
+                    self._granted(verdict)
+            elif holding is not None and holding.capturing and verdict.sealed is False:
                 self._revoke(holding)
+            elif holding is not None and verdict.sealed:
+                holding.agreed, holding.replicas = True, {}
 
-    def _granted(self, snapshot: SnapshotId) -> None:
-        state = self.state
+    def _granted(self, verdict: Entry) -> None:
+        """A grant that has come too late, or for which there is no room, is NotSealed by all."""
+        state, standing, snapshot = self.state, self._standing, verdict.snapshot
         assert state.number is not None
         assert state.membership is not None
         holding = Holding(snapshot, state.number, state.membership.shape)
-        late = snapshot.step <= max(state.granted, self._boundary)
-        if late or not self._able or not state.has_room():
+        asked = verdict.at is not None
+        late = snapshot.step <= state.granted or (not asked and snapshot.step <= standing.boundary)
+        if late or standing.room == 0 or (asked and standing.asked != verdict.at):
             holding.sealed, holding.late = False, late
         else:
             holding.capturing = True
-            self._out.append(m.Capture(snapshot))
+            self._out.append(m.Capture(snapshot, verdict.wanted_step, asked, verdict.compare))
         state.granted = max(state.granted, snapshot.step)
         state.holdings.append(holding)
 
     def _revoke(self, holding: Holding) -> None:
-        if holding.snapshot not in self._revoked:
-            self._revoked.add(holding.snapshot)
-            holding.sealed = False
-            self._out.append(m.Revoke(holding.snapshot))
+        holding.capturing, holding.sealed = False, False
+        self._out.append(m.Revoke(holding.snapshot))
 
     def _protect(self) -> None:
         """Work for parity; Parity once all of it is done."""
@@ -398,24 +437,34 @@ class MemberMachine:
             whole = holding.data and holding.encoded and verdict is not None and bool(verdict.sealed)
             if holding.shape.parity == 0 or (whole and self._work.has_all_records_out(self.state, holding)):
                 holding.parity = True
+            elif self._is_passed_over(holding.snapshot):
+                holding.parity = False
+
+    def _is_followed(self, snapshot: SnapshotId) -> bool:
+        """A newer snapshot is sealed by all."""
+        return any(verdict.sealed and s > snapshot for s, verdict in self.verdicts.items())
+
+    def _is_passed_over(self, snapshot: SnapshotId) -> bool:
+        """It will never be encoded: something newer will be next. Whoever knows that the newer one is sealed also knows
+        what the root had named before."""
+        assert self._known is not None
+        return snapshot not in (self._known.encoding, self.state.point) and self._is_followed(snapshot)
 
     def _flush(self) -> None:
-        assert self._known is not None
-        snapshot = self._known.flushing
-        if snapshot is None or not self._is_flushing(snapshot):
+        flush = self.state.flushing
+        if flush is None or flush.number in (self._writing, self.state.written):
             return
-        holding = self.state.find(snapshot)
+        holding = self.state.find(flush.snapshot)
         if holding is None or holding.freed:
-            self._ended = newer(self._ended, snapshot)
-        elif holding.data and not holding.written and self._writing != snapshot:
-            self._writing = snapshot
-            self._out.append(m.Write(snapshot))
+            self._failed = Failure(flush.number, f"member {self.state.number} does not hold {flush.snapshot} any more")
+        elif holding.data:
+            self._writing = flush.number
+            self._out.append(m.Write(flush))
 
     def _is_flushing(self, snapshot: SnapshotId) -> bool:
         """It is being written, so it stays."""
-        ended = newer(self._ended, None if self._known is None else self._known.ended)
-        named = None if self._known is None else self._known.flushing
-        return snapshot == named and (ended is None or ended < snapshot)
+        flush = self.state.flushing
+        return flush is not None and flush.snapshot == snapshot
 
     # --- freeing
 
@@ -440,7 +489,7 @@ class MemberMachine:
         verdict = self.verdicts.get(snapshot)
         if verdict is None or verdict.parity is not False or snapshot == protected:
             return False
-        return any(other.sealed and s > snapshot for s, other in self.verdicts.items())
+        return self._is_followed(snapshot)
 
     def _drop(self, holding: Holding) -> None:
         if holding.area is not None:
@@ -453,12 +502,12 @@ class MemberMachine:
 
     # --- telling
 
-    def _tell(self, own: m.Facts) -> None:
+    def _tell(self, up: m.Facts) -> None:
         state, known = self.state, self._known
         assert state.number is not None
         assert state.membership is not None
         parent = parent_of(state.number, self._fan_out)
-        if parent is not None and (up := self._up(own)) != self._told_up:
+        if parent is not None and up != self._told_up:
             self._told_up = up
             self._out.append(m.Tell(state.membership.arenas[parent], up))
         if known is not None and known != self._told_down:
@@ -467,6 +516,10 @@ class MemberMachine:
             if state.number == 0:
                 listeners += state.membership.guests
             self._out += [m.Tell(arena, known) for arena in listeners]
+
+
+def _number(flush: Flush) -> int:
+    return flush.number
 
 
 def _newest(snapshots: Iterable[SnapshotId | None]) -> SnapshotId | None:

@@ -13,8 +13,7 @@ from ckptd.core.errors import FormatError
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.protocol.cluster.facts import Entry, Held, Membership, Part, Shape
-
-LEAST_SLOTS = 2
+from ckptd.protocol.cluster.standing import Flush, Outcome, Standing, Wish
 
 
 class ClusterMessage(msgspec.Struct, frozen=True, tag=True):
@@ -64,32 +63,33 @@ class Begun(ClusterMessage, frozen=True):
 
 
 class Facts(ClusterMessage, frozen=True):
-    """Up the tree: what all in the sender's subtree have posted, their furthest boundary and newest grant; `ready`:
-    each of the `heard` members has a free slot. `encoding`, `flushing`, `ended`: what a root that starts again must
-    know."""
+    """Up the tree: what all in the sender's subtree have posted, where the `heard` members stand, and their newest
+    grant; `encoding`, `flush`, `last`: what a root that starts again must know."""
 
     sender: int
     entries: tuple[Entry, ...]
     heard: int
-    ready: bool
-    boundary: int
+    standing: Standing
     granted: int
     encoding: SnapshotId | None = None
-    flushing: SnapshotId | None = None
-    ended: SnapshotId | None = None
+    flush: Flush | None = None
+    last: Outcome | None = None
 
 
 class Decided(ClusterMessage, frozen=True):
-    """Down the tree: the verdict on each snapshot, open ones being grants; the newest protected one; what to encode and
-    to write; the newest flush that has ended, and the newest durable snapshot."""
+    """Down the tree: the verdict on each snapshot, open ones being grants; the newest protected one; what to encode;
+    the generation of layouts to survey, and the one to `plan`, of which all pieces are there; the newest flush, and the
+    last one that has ended; `closed`: all ranks have finished and everything is durable."""
 
     sender: int
     verdicts: tuple[Entry, ...]
     protected: SnapshotId | None = None
     encoding: SnapshotId | None = None
-    flushing: SnapshotId | None = None
-    ended: SnapshotId | None = None
-    durable: SnapshotId | None = None
+    survey: int = 0
+    plan: int = 0
+    flush: Flush | None = None
+    last: Outcome | None = None
+    closed: bool = False
 
 
 class SealRecord(ClusterMessage, frozen=True):
@@ -123,12 +123,12 @@ def decode(data: bytes) -> BetweenDaemons:
         found: BetweenDaemons = _DECODER.decode(data)
     except (msgspec.DecodeError, ValueError) as error:
         raise FormatError(f"message between daemons: {error}; expected one of protocol 1") from error
-    _check(found)
+    check(found)
     return found
 
 
-def _check(message: BetweenDaemons) -> None:
-    """Numbers, epochs and groups are in range, so that whoever handles a message may compute with them."""
+def check(message: BetweenDaemons) -> None:
+    """Raises FormatError unless numbers, epochs and groups are in range: whoever handles it may compute with them."""
     message.epoch.check()
     match message:
         case Promise():
@@ -139,23 +139,34 @@ def _check(message: BetweenDaemons) -> None:
         case Begin():
             membership = message.membership
             _check_snapshots([message.point, message.protected])
+            _check_number(message.step)
             _check_shape(membership.shape, len(membership.arenas))
-            if membership.slots < LEAST_SLOTS or membership.epoch != message.epoch:
-                raise FormatError(
-                    f"Begin: {membership.slots} slots of {membership.epoch}, expected {LEAST_SLOTS} or more"
-                )
+            if membership.epoch != message.epoch:
+                raise FormatError(f"Begin of {message.epoch}: its membership is of {membership.epoch}")
         case Facts():
-            named = [message.encoding, message.flushing, message.ended]
-            _check_snapshots([*named, *(entry.snapshot for entry in message.entries)])
+            _check_entries(message.entries, message.encoding)
+            _check_flushes(message.flush, message.last, message.standing.wishes)
             _check_number(message.heard)
             _check_number(message.granted)
         case Decided():
-            named = [message.protected, message.encoding, message.flushing, message.ended, message.durable]
-            _check_snapshots([*named, *(entry.snapshot for entry in message.verdicts)])
+            _check_entries(message.verdicts, message.encoding, message.protected)
+            _check_flushes(message.flush, message.last)
         case SealRecord() | Recorded():
             _check_snapshots([message.snapshot])
     if isinstance(message, Facts | Decided | SealRecord | Recorded):
         _check_number(message.sender)
+
+
+def _check_entries(entries: tuple[Entry, ...], *named: SnapshotId | None) -> None:
+    _check_snapshots([*named, *(entry.snapshot for entry in entries)])
+
+
+def _check_flushes(flush: Flush | None, last: Outcome | None, wishes: tuple[Wish, ...] = ()) -> None:
+    flushes = [found for found in (flush, None if last is None else last.flush) if found is not None]
+    _check_snapshots([*(found.snapshot for found in flushes), *(wish.snapshot for wish in wishes)])
+    for found in flushes:
+        _check_number(found.number)
+        _check_number(found.step)
 
 
 def _check_snapshots(snapshots: list[SnapshotId | None]) -> None:
@@ -189,14 +200,25 @@ class Tell:
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """Grant the step of `snapshot` to the node's ranks, then say `captured` or `missed`."""
+    """Grant `snapshot` to the node's ranks, to be used from the boundary of `step` on (`asked`: at that boundary, where
+    they wait); then say `captured` or `missed`. `compare`: with what they hold in common."""
+
+    snapshot: SnapshotId
+    step: int
+    asked: bool
+    compare: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Revoke:
+    """The grant is dead: say `missed`, unless that has been said."""
 
     snapshot: SnapshotId
 
 
 @dataclasses.dataclass(frozen=True)
-class Revoke:
-    """The grant is dead: when the ranks have answered it, say `missed`."""
+class Describe:
+    """Make the seal record of this member's string of a snapshot, then say `described`."""
 
     snapshot: SnapshotId
 
@@ -228,14 +250,14 @@ class Verify:
 class Write:
     """Write this node's files of a checkpoint and the list of them, then say `written` or `flush_failed`."""
 
-    snapshot: SnapshotId
+    flush: Flush
 
 
 @dataclasses.dataclass(frozen=True)
 class Commit:
     """Root: check the lists of all nodes, put COMMIT, then say `committed` or `flush_failed`."""
 
-    snapshot: SnapshotId
+    flush: Flush
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,8 +278,59 @@ class Announce:
 
 
 @dataclasses.dataclass(frozen=True)
+class FlushEnded:
+    """Tell those who wait that a flush has committed, or failed."""
+
+    outcome: Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Differ:
+    """What should have been the same on several ranks was not the same in this snapshot: layouts are made anew."""
+
+    snapshot: SnapshotId
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """Ask the ranks what their states consist of, for layouts of this generation."""
+
+    generation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """What the ranks of all nodes have said for this generation is to be had: let the node's ranks plan."""
+
+    generation: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Disband:
+    """Every rank of the job has finished, everything is durable, and all below in the tree know it."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Leave:
     """This arena holds nothing that anybody needs, and has no number: the daemon may end."""
 
 
-MemberAction = Tell | Capture | Revoke | Encode | Rebuild | Verify | Write | Commit | Free | Announce | Leave
+MemberAction = (
+    Tell
+    | Capture
+    | Revoke
+    | Describe
+    | Encode
+    | Rebuild
+    | Verify
+    | Write
+    | Commit
+    | Free
+    | Announce
+    | FlushEnded
+    | Differ
+    | Survey
+    | Gather
+    | Disband
+    | Leave
+)

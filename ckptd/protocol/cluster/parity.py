@@ -1,7 +1,7 @@
 """The work that protects: seal records to the group, encoding, rebuilding, scrubbing. Part of the member machine; pure.
 
-Owns what runs at the moment, which a new daemon begins again. One encoding, one rebuild and one verification run at a
-time. Whatever fails waits for `repeat`, so that a failure does not spin.
+Owns what runs at the moment, which a new daemon begins again. One of each kind of work runs at a time. Whatever fails
+waits for `repeat`, so that a failure does not spin.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ckptd.protocol.cluster.state import ClusterState, Holding
 class Work:
     """See the module docstring. `acknowledged`: snapshot -> members that hold its seal record from here."""
 
+    describing: SnapshotId | None = None
     encoding: SnapshotId | None = None
     rebuilding: SnapshotId | None = None
     verifying: tuple[SnapshotId, Part] | None = None
@@ -36,10 +37,17 @@ class Work:
         """It is freed: whatever worked on it has been stopped."""
         if self.encoding == snapshot:
             self.encoding = None
+        if self.describing == snapshot:
+            self.describing = None
         if self.rebuilding == snapshot:
             self.rebuilding = None
         if self.verifying is not None and self.verifying[0] == snapshot:
             self.verifying = None
+
+    def describing_failed(self, snapshot: SnapshotId) -> None:
+        """Again, later."""
+        self.describing = None
+        self._failed.add(("describe", snapshot))
 
     def encoding_failed(self, snapshot: SnapshotId) -> None:
         """Again, later."""
@@ -67,6 +75,9 @@ class Work:
                 self.rebuilding = holding.snapshot
                 yield m.Rebuild(holding.snapshot)
             wanted = holding.snapshot == named and verdict is not None and verdict.sealed and holding.parity is None
+            if wanted and self._may_describe(state, holding):
+                self.describing = holding.snapshot
+                yield m.Describe(holding.snapshot)
             if (wanted or holding.parity) and self._may_encode(holding):
                 if holding.area is None:
                     holding.area = state.free_area()
@@ -124,6 +135,11 @@ class Work:
         lost = holding.sealed or (holding.sealed is None and holding.snapshot == state.point)
         failed = ("rebuild", holding.snapshot) in self._failed
         return bool(lost) and not (holding.data or holding.capturing or failed) and self.rebuilding is None
+
+    def _may_describe(self, state: ClusterState, holding: Holding) -> bool:
+        """Only what is to be encoded needs a record: making it reads the whole string."""
+        wanted = holding.shape.parity > 0 and holding.data and state.number not in holding.records
+        return wanted and self.describing is None and ("describe", holding.snapshot) not in self._failed
 
     def _may_encode(self, holding: Holding) -> bool:
         """Parity is of use only to who has the seal records of its whole group: they say what comes out of decoding."""

@@ -12,6 +12,7 @@ import msgspec
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.protocol.cluster.facts import Entry, Held, Membership, Part, Shape
+from ckptd.protocol.cluster.standing import Flush, Outcome
 
 PARITY_SETS = 2
 
@@ -19,7 +20,8 @@ PARITY_SETS = 2
 class Holding(msgspec.Struct):
     """A snapshot that this arena has to do with. `capturing`: ranks may be writing. `data`: its string is whole here.
     `area`: its parity set; `encoded`: the parities in it are complete. `sealed`, `parity`: the facts as posted in this
-    epoch. `freed`: superseded, only its facts are left. `records`: number -> seal record of each member of the group,
+    epoch; `agreed`: all have posted Sealed. `replicas`: what its ranks say they have in common with others, until all
+    have. `freed`: superseded, only its facts are left. `records`: number -> seal record of each member of the group,
     its own too."""
 
     snapshot: SnapshotId
@@ -32,14 +34,20 @@ class Holding(msgspec.Struct):
     encoded: bool = False
     sealed: bool | None = None
     parity: bool | None = None
-    written: bool = False
+    agreed: bool = False
     late: bool = False
+    replicas: dict[int, int] = {}
     freed: bool = False
     records: dict[int, bytes] = {}
 
     def entry(self) -> Entry:
         """Its facts."""
-        return Entry(self.snapshot, self.step, self.sealed, self.parity, self.written, self.late)
+        return Entry(self.snapshot, self.step, self.sealed, self.parity, self.late, replicas=self.replicas)
+
+    @property
+    def name(self) -> SnapshotId | None:
+        """What people and stores call it: by the step that was captured."""
+        return None if self.step is None else SnapshotId(self.snapshot.epoch, self.step)
 
     def held(self) -> Held | None:
         """What an inventory says of it; None if there is nothing to say."""
@@ -57,22 +65,28 @@ class Holding(msgspec.Struct):
 
 
 class ClusterState(msgspec.Struct):
-    """`point`: the restore point of the epoch, `continued` if its facts are posted anew; until one is protected it
-    `tolerates` so many losses in a group, and guests are asked for it (`holders`, arena -> string). `protected`: the
-    newest snapshot known, or taken, to be protected; `confirmed` since this epoch began. `granted`: the newest step
-    granted in it."""
+    """`point`: the restore point of the epoch, of `point_step`, `continued` if its facts are posted anew; until one is
+    protected it `tolerates` so many losses in a group, and guests are asked for it (`holders`, arena -> string).
+    `protected`: the newest snapshot known, or taken, to be protected; `confirmed` since then. `granted`: the
+    newest grant. `flush`: the newest flush of the epoch, `last`: the last one that has ended, `written`: the last one
+    that this node has written its files of. `durable`: what is newest in the job's store, of the live branch."""
 
     arena: str
     promised: Epoch | None = None
     membership: Membership | None = None
     number: int | None = None
     point: SnapshotId | None = None
+    point_step: int = 0
     continued: bool = False
     tolerates: int = 0
     holders: dict[str, int] = {}
     protected: SnapshotId | None = None
     confirmed: bool = False
     granted: int = 0
+    flush: Flush | None = None
+    last: Outcome | None = None
+    written: int = 0
+    durable: SnapshotId | None = None
     holdings: list[Holding] = []
     records: list[EpochRecord] = []
 
@@ -94,6 +108,30 @@ class ClusterState(msgspec.Struct):
             return None
         return Level.PROTECTED if self.tolerates == self.membership.shape.parity else Level.SEALED
 
+    @property
+    def newest(self) -> Holding | None:
+        """The newest snapshot that is known to be sealed by all: of this epoch, or what it goes on from."""
+        found = [h for h in self.holdings if h.agreed and not h.freed and self.is_current(h.snapshot)]
+        return max(found, key=lambda holding: holding.snapshot, default=None)
+
+    @property
+    def protected_step(self) -> int | None:
+        """Of the newest snapshot that is known to be protected against losses, as far as it is held here."""
+        if self.membership is None or self.membership.shape.parity == 0 or self.protected is None:
+            return None
+        holding = self.find(self.protected)
+        return None if holding is None else holding.step
+
+    @property
+    def ended(self) -> int:
+        """The number of the last flush that has ended."""
+        return 0 if self.last is None else self.last.flush.number
+
+    @property
+    def flushing(self) -> Flush | None:
+        """The flush under way."""
+        return self.flush if self.flush is not None and self.flush.number > self.ended else None
+
     def find(self, snapshot: SnapshotId) -> Holding | None:
         """What is held of a snapshot."""
         return next((holding for holding in self.holdings if holding.snapshot == snapshot), None)
@@ -102,18 +140,10 @@ class ClusterState(msgspec.Struct):
         """Facts about it are posted in this epoch."""
         return snapshot.epoch == self.epoch or (self.continued and snapshot == self.point)
 
-    def has_room(self) -> bool:
-        """A slot is free for one more snapshot. Strings of another shape lie in slots of their own."""
-        if self.membership is None or self.number is None:
-            return False
-        used = [
-            h
-            for h in self.holdings
-            if h.shape == self.membership.shape
-            and not h.freed
-            and (h.data or h.capturing or (self.continued and h.snapshot == self.point) or h.sealed)
-        ]
-        return len(used) < self.membership.slots
+    @property
+    def restore_point(self) -> SnapshotId | None:
+        """What the epoch goes on from, by its name."""
+        return None if self.point is None else SnapshotId(self.point.epoch, self.point_step)
 
     def free_area(self) -> int | None:
         """A parity set that holds nothing."""
