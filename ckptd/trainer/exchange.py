@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Protocol, runtime_checkable
 
@@ -301,20 +301,20 @@ class _Run:
         if not self._schedule.staged(unit, self._node):
             self._filling.receive(unit.rows, get)
             return
-        get([self._staging.memory(self._rank, *span) for span in self._spans(unit, number)])
+        starts = self._starts(unit, number)
+        raw = self._filling.catalog.raw[unit.rows].tolist()
+        get([self._staging.memory(self._rank, *span) for span in zip(starts.tolist(), raw, strict=True)])
         self._copy(unit, number)
 
     def _copy(self, unit: Unit, number: int) -> None:
         """Out of the memory of the unit's decoder on this node."""
         decoder = unit.places[self._node].decoder
-        for row, span in zip(unit.rows, self._spans(unit, number), strict=True):
-            self._filling.place(row, self._staging.tensor(decoder, *span))
+        self._filling.place(unit.rows, self._staging.address(decoder) + self._starts(unit, number))
 
-    def _spans(self, unit: Unit, number: int) -> Iterator[tuple[int, int]]:
-        """Offset and size of each row of a unit in its decoder's memory; the round says which third."""
-        raw = self._filling.catalog.raw[unit.rows].tolist()
+    def _starts(self, unit: Unit, number: int) -> Ints:
+        """Where each row of a unit is in its decoder's memory; the round says in which third."""
         first = number % _THIRDS * self._schedule.room + unit.places[self._node].offset
-        return ((first + start, size) for start, size in zip(packed(raw)[0], raw, strict=True))
+        return first + np.array(packed(self._filling.catalog.raw[unit.rows].tolist())[0], np.int64)
 
 
 def _failure(work: Callable[[], None]) -> Exception | None:

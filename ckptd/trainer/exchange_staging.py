@@ -18,7 +18,6 @@ import threading
 from collections.abc import Sequence
 
 import msgspec
-import torch
 
 from ckptd.core.config import node_name
 from ckptd.core.native import address_of, populate
@@ -37,7 +36,7 @@ class _Offer(msgspec.Struct, array_like=True):
 
 class Staging:
     """This rank's memory, and that of others on its node. In order: `offer`, `open`, `allocate`, then `memory` and
-    `tensor`, which are safe in threads; `close`."""
+    `address`, which are safe in threads; `close`."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -87,16 +86,15 @@ class Staging:
 
     def memory(self, rank: int, offset: int, size: int) -> memoryview:
         """Part of the memory of a rank that has allocated it; only one's own may be written."""
-        with self._lock:
-            mapping = self._mapped.get(rank) or self._map(rank, self._opened[rank], mmap.PROT_READ)
-        return memory_at(address_of(mapping) + offset, size)
+        return memory_at(self.address(rank) + offset, size)
 
-    def tensor(self, rank: int, offset: int, size: int) -> torch.Tensor:
-        """The same as a tensor of bytes."""
-        return torch.frombuffer(self.memory(rank, offset, size), dtype=torch.uint8)
+    def address(self, rank: int) -> int:
+        """Where the memory of a rank that has allocated it is mapped."""
+        with self._lock:
+            return address_of(self._mapped.get(rank) or self._map(rank, self._opened[rank], mmap.PROT_READ))
 
     def close(self) -> None:
-        """Gives everything back; what `memory` and `tensor` gave must not be used any more. Idempotent."""
+        """Gives everything back; what `memory` and `address` gave must not be used any more. Idempotent."""
         for mapping in self._mapped.values():
             mapping.close()
         for descriptor in (*self._opened.values(), self._descriptor):

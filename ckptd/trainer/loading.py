@@ -14,7 +14,6 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import dataclasses
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ckptd.core.box import contiguous_strides
+from ckptd.core.box import padded
 from ckptd.core.catalog import COLUMNS, Catalog
 from ckptd.core.native import copy_boxes
 from ckptd.core.types import itemsize
@@ -155,12 +154,9 @@ class Filling:
 
     def __init__(self, catalog: Catalog, targets: Sequence[Source], plan: LoadPlan) -> None:
         self.catalog = catalog
-        self._targets = targets
-        self._plan = dataclasses.replace(plan, row=_untied(catalog)[plan.row]) if len(plan) else plan
-        self._order = np.argsort(self._plan.row, kind="stable")
-        self.rows, first = np.unique(self._plan.row[self._order], return_index=True)
-        bounds = np.append(first, len(self._order)).tolist()
-        self._spans = dict(zip(self.rows.tolist(), itertools.pairwise(bounds), strict=True))
+        self._parts = _Parts.of(catalog, targets, plan)
+        self.rows, first = np.unique(self._parts.row, return_index=True)
+        self._first = np.append(first, len(self._parts.row))
         self._local = threading.local()
 
     def read(self, reader: RunReader, run: Sequence[int]) -> None:
@@ -169,46 +165,45 @@ class Filling:
 
     def receive(self, run: Sequence[int], get: Callable[[list[memoryview]], None]) -> None:
         """Has `get` fill a buffer per row of `run`, the target's own memory where it can be, and fills the targets."""
-        straight = [self.straight(row) for row in run]
-        raw = [0 if found is not None else self._raw(row) for row, found in zip(run, straight, strict=True)]
-        starts, total = packed(raw)
+        rows = np.asarray(run, np.int64)
+        addresses, raw = self._straight(rows), self.catalog.raw[rows]
+        staged = np.flatnonzero(addresses == 0)
+        starts, total = packed(raw[staged].tolist())
         staging = self._staging(total)
-        memory = staging.numpy().data
-        get(
-            [
-                memory[start : start + size] if found is None else found
-                for found, start, size in zip(straight, starts, raw, strict=True)
-            ]
-        )
-        for row, found, start in zip(run, straight, starts, strict=True):
-            if found is None:
-                self.place(row, staging[start : start + self._raw(row)])
+        addresses[staged] = staging.data_ptr() + np.array(starts, np.int64)
+        get([memory_at(*place) for place in zip(addresses.tolist(), raw.tolist(), strict=True)])
+        self.place(rows[staged], addresses[staged])
 
-    def straight(self, row: int) -> memoryview | None:
-        """The target's own memory, where the row has one part that is the whole chunk in one contiguous run of it."""
-        start, stop = self._spans.get(row, (0, 0))
-        if stop - start != 1:
-            return None
-        part = int(self._order[start])
-        target = self._targets[int(self._plan.want[part])]
-        dimensions = len(target.shape)
-        sizes = self._plan.sizes[part, :dimensions].tolist()
-        if not self._by_address(target, row) or sizes != self.catalog.sizes[row, :dimensions].tolist():
-            return None
-        for size, stride, expected in zip(sizes, target.tensor.stride(), contiguous_strides(sizes), strict=True):
-            if size > 1 and stride != expected:
-                return None
-        return memory_at(self._address(target, part), self._raw(row))
-
-    def place(self, row: int, staged: torch.Tensor) -> None:
-        """Copies all parts of a row, of which there may be none, out of its decoded bytes."""
-        start, stop = self._spans.get(row, (0, 0))
+    def place(self, rows: npt.ArrayLike, addresses: npt.ArrayLike) -> None:
+        """Copies all parts of some rows, of which there may be none, out of their decoded bytes, which are at these
+        addresses."""
+        first, counts = self._spans(np.asarray(rows, np.int64))
+        ends = np.cumsum(counts)
+        parts = np.arange(int(counts.sum())) + np.repeat(first - (ends - counts), counts)
+        sources = np.repeat(np.asarray(addresses, np.int64), counts)
+        near = self._parts.target[parts] != 0
+        self._parts.copy(parts[near], sources[near])
         with torch.no_grad():
-            for part in self._order[start:stop].tolist():
-                self._place(part, row, staged)
+            for part, source in zip(parts[~near].tolist(), sources[~near].tolist(), strict=True):
+                self._parts.convert(part, memory_at(source, int(self.catalog.raw[self._parts.row[part]])))
 
-    def _raw(self, row: int) -> int:
-        return int(self.catalog.raw[row])
+    def _straight(self, rows: Ints) -> Ints:
+        """The address of the target's own memory for each row that has one part, which is the whole chunk in one
+        contiguous run of it; 0 for the others."""
+        first, counts = self._spans(rows)
+        single = counts == 1
+        addresses = np.zeros(len(rows), np.int64)
+        parts = first[single]
+        addresses[single] = np.where(self._parts.whole[parts], self._parts.target[parts], 0)
+        return addresses
+
+    def _spans(self, rows: Ints) -> tuple[Ints, Ints]:
+        """The first part of each row, and how many it has."""
+        if not len(self.rows):
+            return np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        index = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        found = self.rows[index] == rows
+        return self._first[index], np.where(found, self._first[index + 1] - self._first[index], 0)
 
     def _staging(self, size: int) -> torch.Tensor:
         """This thread's buffer."""
@@ -217,43 +212,100 @@ class Filling:
             buffer = self._local.buffer = torch.empty(size, dtype=torch.uint8)
         return buffer
 
-    def _by_address(self, target: Source, row: int) -> bool:
-        tensor = target.tensor
-        return tensor.device.type == "cpu" and target.dtype == self.catalog.tensors[self.catalog.tensor[row]].dtype
 
-    def _address(self, target: Source, part: int) -> int:
-        """Where the part's first element lies in the target."""
-        steps = zip(self._inside(target, part), target.tensor.stride(), strict=True)
-        return target.tensor.data_ptr() + sum(start * stride for start, stride in steps) * target.tensor.element_size()
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Parts:
+    """The parts of a load plan by `row`, as copies from a decoded chunk to a target.
 
-    def _inside(self, target: Source, part: int) -> list[int]:
-        """The part's offsets in the target tensor."""
-        offsets = self._plan.offsets[part].tolist()
-        return [offset - first for offset, first in zip(offsets, target.box.offsets, strict=False)]
+    `source`: bytes from the beginning of the chunk to the part's first element; `target`: the address of that element
+    in the target, 0 where copying by address is not possible; strides are in bytes; `whole`: it is all of the chunk,
+    and contiguous in the target.
+    """
 
-    def _place(self, part: int, row: int, staged: torch.Tensor) -> None:
-        target = self._targets[int(self._plan.want[part])]
-        dimensions = len(target.shape)
-        sizes = self._plan.sizes[part, :dimensions]
-        chunk_sizes = self.catalog.sizes[row, :dimensions].tolist()
-        inside = self._plan.offsets[part, :dimensions] - self.catalog.offsets[row, :dimensions]
-        if not self._by_address(target, row):
-            dtype = torch_dtype(self.catalog.tensors[self.catalog.tensor[row]].dtype)
-            chunk = staged.view(dtype).view(chunk_sizes)
-            target.tensor[_slices(self._inside(target, part), sizes.tolist())].copy_(
-                chunk[_slices(inside.tolist(), sizes.tolist())]
-            )
-            return
-        width = itemsize(target.dtype)
-        strides = np.array(contiguous_strides(chunk_sizes), np.int64) * width
-        copy_boxes(
-            np.array([staged.data_ptr() + int(inside @ strides)], np.uint64),
-            np.array([self._address(target, part)], np.uint64),
-            np.ascontiguousarray(sizes[None]),
-            strides[None],
-            np.array([target.tensor.stride()], np.int64).reshape(1, dimensions) * width,
-            np.array([width], np.int64),
+    catalog: Catalog
+    targets: Sequence[Source]
+    want: Ints
+    row: Ints
+    offsets: Ints
+    sizes: Ints
+    source: Ints
+    target: Ints
+    source_strides: Ints
+    target_strides: Ints
+    width: Ints
+    whole: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, catalog: Catalog, targets: Sequence[Source], plan: LoadPlan) -> _Parts:
+        row = _untied(catalog)[plan.row] if len(plan) else plan.row
+        order = np.argsort(row, kind="stable")
+        row, offsets, sizes = row[order], plan.offsets[order], plan.sizes[order]
+        used, want = np.unique(plan.want[order], return_inverse=True)
+        filled = [targets[index] for index in used.tolist()]
+        low, strides, address, width = _memory_of(catalog, filled)
+        chunk_strides = _contiguous(catalog.sizes[row]) * width[want, None]
+        target_strides = strides[want]
+        own_strides = _contiguous(sizes) * width[want, None]
+        target = address[want] + ((offsets - low[want]) * target_strides).sum(axis=1)
+        return cls(
+            catalog=catalog,
+            targets=filled,
+            want=want,
+            row=row,
+            offsets=offsets,
+            sizes=sizes,
+            source=((offsets - catalog.offsets[row]) * chunk_strides).sum(axis=1),
+            target=np.where(address[want] != 0, target, 0),
+            source_strides=chunk_strides,
+            target_strides=target_strides,
+            width=width[want],
+            whole=((sizes == catalog.sizes[row]) & ((sizes <= 1) | (target_strides == own_strides))).all(axis=1),
         )
+
+    def copy(self, parts: Ints, sources: Ints) -> None:
+        """Copies by address, out of chunks at `sources`."""
+        if len(parts):
+            copy_boxes(
+                (sources + self.source[parts]).astype(np.uint64),
+                self.target[parts].astype(np.uint64),
+                self.sizes[parts],
+                self.source_strides[parts],
+                self.target_strides[parts],
+                self.width[parts],
+            )
+
+    def convert(self, part: int, chunk: memoryview) -> None:
+        """Copies one part out of its chunk by means of torch: into another dtype, or onto a device."""
+        row, target = self.row[part], self.targets[self.want[part]]
+        dimensions = len(target.shape)
+        sizes, offsets = self.sizes[part, :dimensions], self.offsets[part, :dimensions]
+        dtype = torch_dtype(self.catalog.tensors[self.catalog.tensor[row]].dtype)
+        shape = self.catalog.sizes[row, :dimensions].tolist()
+        decoded = torch.frombuffer(chunk, dtype=torch.uint8).view(dtype).view(shape)
+        inside = offsets - self.catalog.offsets[row, :dimensions]
+        target.tensor[_slices(offsets - np.array(target.box.offsets, np.int64), sizes)].copy_(
+            decoded[_slices(inside, sizes)]
+        )
+
+
+def _memory_of(catalog: Catalog, targets: Sequence[Source]) -> tuple[Ints, Ints, Ints, Ints]:
+    """Of each target: the offsets of its box, its strides in bytes, its address (0 where its memory cannot be written
+    by address as what the catalog has), and the bytes of an element in the catalog."""
+    dtypes = [catalog.tensors[catalog.index[target.key]].dtype for target in targets]
+    near = [target.tensor.is_cpu and target.dtype == dtype for target, dtype in zip(targets, dtypes, strict=True)]
+    address = [target.tensor.data_ptr() if by else 0 for target, by in zip(targets, near, strict=True)]
+    width = np.array([itemsize(dtype) for dtype in dtypes], np.int64)
+    low = padded([target.box.offsets for target in targets], catalog.offsets.shape[1], 0)
+    strides = padded([target.tensor.stride() for target in targets], catalog.offsets.shape[1], 0)
+    return low, strides * width[:, None], np.array(address, np.int64), width
+
+
+def _contiguous(sizes: Ints) -> Ints:
+    """The strides, in elements, of row-major boxes of these sizes."""
+    strides = np.ones_like(sizes)
+    if sizes.shape[1] > 1:
+        strides[:, :-1] = np.cumprod(sizes[:, :0:-1], axis=1)[:, ::-1]
+    return strides
 
 
 def packed(raw: Sequence[int]) -> tuple[list[int], int]:
@@ -288,5 +340,5 @@ def _untied(catalog: Catalog) -> Ints:
     return untied
 
 
-def _slices(offsets: Sequence[int], sizes: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+def _slices(offsets: Ints, sizes: Ints) -> tuple[slice, ...]:
+    return tuple(slice(offset, offset + size) for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,6 +97,41 @@ def test_shards_and_strided_targets(chunk_bytes: int) -> None:
         assert not spaced[:, 1::2].any()
         assert not spaced[:, :, [0, 6]].any()
         assert len(tier.reads) == len(set(tier.reads)), "a chunk that three targets want is read once"
+
+
+class OneRun(Tier):
+    """Everything is read at once."""
+
+    parallel = 1
+
+    def runs(self, rows: Any) -> list[list[int]]:
+        return [np.asarray(rows).tolist()[::-1]]
+
+    def expect(self, rows: Sequence[int]) -> None:
+        pass
+
+    def read_run(self, rows: Sequence[int], into: Sequence[memoryview]) -> None:
+        for row, target in zip(rows, into, strict=True):
+            self.read(row, target)
+
+
+def test_one_run_fills_targets_of_all_kinds() -> None:
+    """Whole chunks and parts of them, in other dtypes, broken up, in two targets, of none to five dimensions."""
+    shapes = [(), (9,), (4, 3), (5, 1, 7), (2, 3, 2, 3), (2, 2, 1, 3, 2)]
+    tier = OneRun({str(shape): random(shape, torch.int32) for shape in shapes}, 24)
+    targets, expected = [], []
+    for shape in shapes:
+        whole = tier.tensors[str(shape)]
+        part = whole[1:, ..., 1:] if len(shape) > 1 else whole[shape[0] // 2 :] if shape else whole
+        first = tuple(size - left for size, left in zip(shape, part.shape, strict=True))
+        held = [torch.zeros(whole.shape, dtype=torch.int32), torch.zeros(whole.shape, dtype=torch.float64)]
+        held += [torch.zeros((*part.shape, 2), dtype=torch.int32)[..., 1]]
+        targets += [target(str(shape), held[0]), target(str(shape), held[1]), target(str(shape), held[2], shape, first)]
+        expected += [whole, whole.double(), part]
+    fill(tier.catalog, tier, targets, rank=0, cast=True)
+    for one, value in zip(targets, expected, strict=True):
+        assert torch.equal(one.tensor, value), one.key
+    assert len(tier.reads) == len(set(tier.reads))
 
 
 def test_cast_converts_and_without_it_nothing_is_written() -> None:
