@@ -7,6 +7,8 @@ before each.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
 import os
 from pathlib import Path
@@ -22,6 +24,9 @@ RESERVE_BYTES = 64 * 1024 * 1024
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 """Of memory that others read: who reads what cannot shrink never meets SIGBUS."""
+
+KEPT_BYTES = 64 * 1024 * 1024
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -107,6 +112,17 @@ def sealed_memory(name: str, size: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def keep_freed_memory() -> None:
+    """Lets malloc keep what is freed for what is allocated next: in the whole process, up to KEPT_BYTES an arena.
+
+    Who receives megabytes at a time into memory that is new each time spends a quarter of its time on page faults.
+    """
+    with contextlib.suppress(AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES // 2)
+        mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def is_sealed(descriptor: int) -> bool:

@@ -202,6 +202,27 @@ def test_extents_take_what_is_written_over_their_edges() -> None:
         os.close(descriptor)
 
 
+def test_what_lies_in_one_extent_can_be_mapped() -> None:
+    """At any offset; not over an edge, and not where the memory ends before the extent does."""
+    content = random_bytes(30_000)
+    descriptor = os.memfd_create("mapped")
+    os.write(descriptor, content.tobytes())
+    extents = Extents([Extent(descriptor, 100, 9_000), Extent(descriptor, 20_000, 10_100)])
+    os.close(descriptor)
+    for start, stop, place in [(0, 9_000, 100), (5_000, 5_001, 5_100), (9_000, 15_000, 20_000)]:
+        mapped = extents.map(start, stop - start)
+        assert mapped is not None
+        assert bytes(mapped) == content[place : place + stop - start].tobytes()
+        with pytest.raises(TypeError):
+            mapped[0] = 1
+    assert extents.map(8_999, 2) is None
+    assert extents.map(19_000, 100) is None
+    before = len(os.listdir("/proc/self/fd"))
+    extents.close()
+    assert len(os.listdir("/proc/self/fd")) < before
+    assert bytes(mapped) == content[20_000:26_000].tobytes()
+
+
 def test_memory_that_ends_early_is_corrupt() -> None:
     descriptor = os.memfd_create("short")
     os.write(descriptor, bytes(10))

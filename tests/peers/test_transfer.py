@@ -43,6 +43,23 @@ def test_any_range_arrives_as_it_is(tls: bool) -> None:
             assert target[0] == target[-1] == 7
 
 
+@pytest.mark.parametrize("tls", [True, False])
+def test_a_call_over_the_end_of_an_extent_arrives_as_it_is(tls: bool) -> None:
+    """The one is sent as it lies in memory, the other copied; for who pulls they are the same."""
+    data = random_bytes(CALL_BYTES + SIZE)
+    descriptor = os.memfd_create("two extents")
+    os.write(descriptor, data.tobytes())
+    edge = CALL_BYTES // 2 + 77
+    with pair(tls=tls) as (node, peer):
+        extents = [Extent(descriptor, 0, edge), Extent(descriptor, edge, len(data) - edge)]
+        node.sources.register(SNAPSHOT, "string", DescriptorSource(extents))
+        os.close(descriptor)
+        target = np.zeros(len(data), np.uint8)
+        for start in (0, edge):
+            peer.pull(SNAPSHOT, "string", start, target.data[start:])
+            assert np.array_equal(target[start:], data[start:])
+
+
 def test_checksums_come_with_the_bytes() -> None:
     """One for each batch, counted from the beginning of the pull, over more than one call; also where a batch was wrong
     at first."""

@@ -31,6 +31,7 @@ from ckptd.tiers.peers.throttle import Throttle
 from ckptd.tiers.peers.wire import (
     BATCH_BYTES,
     CALL_BYTES,
+    CHECKSUMS,
     CRC_BYTES,
     MOST_MESSAGE_BYTES,
     SCHEMA,
@@ -205,14 +206,19 @@ class Peer:
         """All batches of a stream, and their checksums, into their places. Raises FormatError for anything else."""
         if reader.schema != SCHEMA:
             raise FormatError(f"{self._label}: expected one column of bytes, found {str(reader.schema)[:200]!r}")
+        checksums = (reader.schema.metadata or {}).get(CHECKSUMS)
         wrong, at = [], 0
         while True:
             try:
                 chunk = reader.read_chunk()
             except StopIteration:
                 break
-            size, sent = min(BATCH_BYTES, len(into) - at), chunk.app_metadata
-            if chunk.data is None or chunk.data.num_rows != size or size == 0 or sent is None or sent.size != CRC_BYTES:
+            size = min(BATCH_BYTES, len(into) - at)
+            if checksums is not None:
+                sent = checksums[at // BATCH_BYTES * CRC_BYTES :][:CRC_BYTES]
+            else:
+                sent = b"" if chunk.app_metadata is None else chunk.app_metadata.to_pybytes()
+            if chunk.data is None or chunk.data.num_rows != size or size == 0 or len(sent) != CRC_BYTES:
                 raise FormatError(f"{self._label}: expected {size} bytes with their checksum, found another")
             chunk.data.validate()
             column = chunk.data.column(0)
@@ -220,7 +226,7 @@ class Peer:
                 raise FormatError(f"{self._label}: expected {size} bytes, found missing ones")
             address = column.buffers()[1].address + column.offset
             found = crc[at // BATCH_BYTES] = copy_bytes(address, into[at : at + size])
-            if found != int.from_bytes(sent.to_pybytes(), "little"):
+            if found != int.from_bytes(sent, "little"):
                 wrong.append(at)
             at += size
         if at != len(into):

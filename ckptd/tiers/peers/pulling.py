@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ckptd.core.errors import NotFoundError
 from ckptd.core.types import SnapshotId
+from ckptd.tiers.memory import keep_freed_memory
 from ckptd.tiers.peers.client import Cancellation, Peer
 from ckptd.tiers.peers.wire import BATCH_BYTES, CALL_BYTES
 
@@ -56,9 +57,10 @@ def interleave(pulls: Sequence[Pull]) -> Iterator[Pull]:
 
 
 class Peers:
-    """The other nodes of the epoch, and the threads that pull from them."""
+    """The other nodes of the epoch, and the threads that pull from them. Changes how malloc of this process works."""
 
     def __init__(self, peers: Mapping[str, Peer], *, streams: int = 4) -> None:
+        keep_freed_memory()
         self._peers = dict(peers)
         self._threads = concurrent.futures.ThreadPoolExecutor(streams, thread_name_prefix="peers-pull")
 

@@ -29,6 +29,7 @@ from ckptd.tiers.peers.identity import Announcement, Credentials
 from ckptd.tiers.peers.sources import Registered, Sources
 from ckptd.tiers.peers.wire import (
     BATCH_BYTES,
+    CHECKSUMS,
     CRC_BYTES,
     MOST_MESSAGE_BYTES,
     SCHEMA,
@@ -173,9 +174,28 @@ class _Service(flight.FlightServerBase):  # type: ignore[misc]
             wanted = Ticket.decode(ticket.ticket)
             registered = self._sources.find(wanted.snapshot, wanted.what)
             registered.check(wanted.offset, wanted.length)
+            mapped = self._mapped(registered, wanted.offset, wanted.length)
         except CkptdError as error:
             raise for_client(error) from None
+        except OSError as error:
+            raise for_client(DaemonError(f"{registered.label}: cannot be mapped: {error}")) from None
+        if mapped is not None:
+            return mapped
         return flight.GeneratorStream(SCHEMA, self._batches(context, registered, wanted.offset, wanted.length))
+
+    def _mapped(self, registered: Registered, offset: int, length: int) -> Any:
+        """All batches as they lie in memory, for Flight to send by itself; None for what has to be copied."""
+        mapping = registered.map(offset, length)
+        if mapping is None:
+            return None
+        if not self._calls.acquire(blocking=False):
+            raise DaemonError("busy: too many calls at once; ask again")
+        weakref.finalize(mapping.obj, self._calls.release).atexit = False
+        parts = [mapping[start : start + BATCH_BYTES] for start in range(0, length, BATCH_BYTES)]
+        crc = [registered.verify(offset + index * BATCH_BYTES, part) for index, part in enumerate(parts)]
+        schema = SCHEMA.with_metadata({CHECKSUMS: b"".join(one.to_bytes(CRC_BYTES, "little") for one in crc)})
+        batches = [_batch(pa.py_buffer(part), schema) for part in parts]
+        return flight.RecordBatchStream(pa.RecordBatchReader.from_batches(schema, batches))
 
     def _batches(self, context: Any, registered: Registered, offset: int, length: int) -> Iterator[tuple[Any, bytes]]:
         # The call is counted in here: Flight may drop a generator that it has not started.
@@ -187,7 +207,8 @@ class _Service(flight.FlightServerBase):  # type: ignore[misc]
                     return
                 if self.closing.is_set():
                     raise DaemonError("is closing")
-                yield self._batch(registered, start, min(BATCH_BYTES, offset + length - start))
+                size = min(BATCH_BYTES, offset + length - start)
+                yield self._copied(registered, start, size)
         except CkptdError as error:
             raise for_client(error) from None
         except OSError as error:
@@ -195,12 +216,11 @@ class _Service(flight.FlightServerBase):  # type: ignore[misc]
         finally:
             self._calls.release()
 
-    def _batch(self, registered: Registered, offset: int, size: int) -> tuple[Any, bytes]:
-        """A batch as it is sent, and its checksum. Nothing here may refer to the buffer afterwards."""
+    def _copied(self, registered: Registered, offset: int, size: int) -> tuple[Any, bytes]:
+        """A batch of what cannot be mapped. Nothing here may refer to the buffer afterwards."""
         copy = self._buffers.take(size)
         crc = registered.read(offset, copy.data)
-        column = pa.Array.from_buffers(SCHEMA.field(0).type, size, [None, pa.py_buffer(copy)], null_count=0)
-        return pa.RecordBatch.from_arrays([column], schema=SCHEMA), crc.to_bytes(CRC_BYTES, "little")
+        return _batch(pa.py_buffer(copy), SCHEMA), crc.to_bytes(CRC_BYTES, "little")
 
     def do_action(self, context: Any, action: Any) -> list[bytes]:
         """The answer to a message."""
@@ -224,3 +244,9 @@ class _Service(flight.FlightServerBase):  # type: ignore[misc]
         if len(answer) > MOST_MESSAGE_BYTES:
             raise FormatError(f"answer to {kind} of {len(answer)} bytes, expected at most {MOST_MESSAGE_BYTES}")
         return answer
+
+
+def _batch(data: Any, schema: Any) -> Any:
+    """Bytes as they are sent."""
+    column = pa.Array.from_buffers(schema.field(0).type, data.size, [None, data], null_count=0)
+    return pa.RecordBatch.from_arrays([column], schema=schema)

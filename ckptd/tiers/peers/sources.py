@@ -1,18 +1,21 @@
 """What a daemon gives to its peers: sources of bytes, registered under a snapshot and a name.
 
 Invariants:
-- Who verifies a checksum copies the bytes out first: a source copies into a buffer that nobody else writes, and takes
-  the checksum of the copy.
-- After `withdraw` has returned nothing reads the source any more: its memory may be written again. Reads in progress
-  are waited for; each is one batch (wire.BATCH_BYTES) at most.
-- Sources are read by descriptor; nothing is mapped.
+- Who verifies a checksum copies the bytes out first. Here that is who receives them: what is sent is either a copy in a
+  buffer that nobody else writes, or the memory itself, mapped for the call; what changes after its checksum was taken
+  arrives wrong, and is refused there.
+- After `withdraw` has returned no read begins, and those in progress, of one batch each, have ended: the memory may be
+  written again. What is mapped may still be on its way; see above.
+- Sources are read by descriptor. No more is mapped than is being sent (wire.CALL_BYTES a call).
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import itertools
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -121,6 +124,18 @@ class Extents:
                 count = os.pwritev(descriptor, [data[done : done + size]], at)
                 at, done, size = at + count, done + count, size - count
 
+    def map(self, offset: int, size: int) -> memoryview | None:
+        """The bytes themselves, to read only, mapped while the view lives; None where they lie in several extents."""
+        parts = list(self._parts(offset, size))
+        if len(parts) != 1:
+            return None
+        descriptor, at, _, _ = parts[0]
+        before = at % mmap.ALLOCATIONGRANULARITY
+        if os.fstat(descriptor).st_size < at + size:
+            return None
+        mapping = mmap.mmap(descriptor, before + size, prot=mmap.PROT_READ, offset=at - before)
+        return memoryview(mapping)[before:]
+
     def close(self) -> None:
         """Idempotent."""
         while self._extents:
@@ -151,7 +166,15 @@ class DescriptorSource:
     def read(self, offset: int, into: memoryview) -> int:
         """As in `Source`. Also CorruptionError where the memory is shorter than the extents say."""
         self._extents.copy(offset, into)
-        return crc32c(into) if self._fragments is None else self._fragments.verify(offset, into)
+        return self.verify(offset, into)
+
+    def map(self, offset: int, size: int) -> memoryview | None:
+        """As in `Extents`."""
+        return self._extents.map(offset, size)
+
+    def verify(self, offset: int, found: memoryview) -> int:
+        """The CRC-32C of bytes that were found at an offset. Raises CorruptionError if it is known to be another."""
+        return crc32c(found) if self._fragments is None else self._fragments.verify(offset, found)
 
     def close(self) -> None:
         """As in `Source`."""
@@ -198,12 +221,29 @@ class Registered:
 
     def read(self, offset: int, into: memoryview) -> int:
         """As in `Source`; raises NotFoundError once it is withdrawn."""
+        with self._in_use():
+            return self._source.read(offset, into)
+
+    def map(self, offset: int, size: int) -> memoryview | None:
+        """The bytes themselves where the source can show them; see `verify`."""
+        with self._in_use():
+            return self._source.map(offset, size) if isinstance(self._source, DescriptorSource) else None
+
+    def verify(self, offset: int, mapped: memoryview) -> int:
+        """The CRC-32C of bytes that `map` gave. Raises CorruptionError if it is known to be another, NotFoundError once
+        the source is withdrawn."""
+        with self._in_use():
+            assert isinstance(self._source, DescriptorSource)
+            return self._source.verify(offset, mapped)
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
         with self._idle:
             if self._withdrawn:
                 raise NotFoundError(f"{self.label}: is no longer held here; a newer snapshot has taken its place")
             self._reading += 1
         try:
-            return self._source.read(offset, into)
+            yield
         except CorruptionError as error:
             raise CorruptionError(f"{self.label}: {error}") from None
         finally:

@@ -39,6 +39,8 @@ _MOST_ERROR_CHARACTERS = 2000
 
 SCHEMA = pa.schema([("bytes", pa.uint8())])
 CRC_BYTES = 4
+CHECKSUMS = b"crc32c"
+"""In the schema's metadata: the checksums of all batches, where they were taken before the first was sent."""
 
 What = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._/-]{0,127}$")]
 """What of a snapshot: `string`, `parity`, `table/3` ... The daemon that registers it decides."""
