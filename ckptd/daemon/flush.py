@@ -157,9 +157,8 @@ class Stores:
             if writer.is_done():
                 return
             _refuse_newer(opened, epoch)
-            given = _contribution(reader(), alone=parts == 1)
-            progress.total_bytes = _stored_bytes(given.rows) + _stored_bytes(given.own)
-            given = given._replace(read=progress.counting(given.read), read_own=progress.counting(given.read_own))
+            given = _contribution(reader(), progress.counting, alone=parts == 1)
+            progress.total_bytes = sum(_stored_bytes(rows.catalog) for rows in (given.rows, given.own) if rows)
             with self._untidy_if_failing(store):
                 writer.write(given, threads=_workers(), cancelled=lambda: self._is_cancelled(snapshot))
         finally:
@@ -206,20 +205,20 @@ class Stores:
         self._tolerate(uri, "leftovers of interrupted flushes could not be removed", clean)
 
 
-def _contribution(reader: SnapshotReader, *, alone: bool) -> joint.Contribution:
+def _contribution(reader: SnapshotReader, counted: Callable[[Read], Read], *, alone: bool) -> joint.Contribution:
     """What is stored of the ranks of one node. If it is `alone`, there is nothing to be compared with other nodes."""
+    ranks = reader.ranks
     if alone:
-        return joint.Contribution(
-            reader.ranks, reader.catalog(), reader.read, joint.EMPTY, reader.read, {reader.ranks[0]: reader.objects()}
-        )
+        rows = joint.Rows(reader.catalog(), counted(reader.read))
+        return joint.Contribution(ranks, rows, None, {ranks[0]: reader.objects()})
     every = reader.rows_of_ranks()
     generators, objects = known_alone(reader.objects_of_ranks())
-    rows, content = object_rows(generators, writer=reader.ranks[-1] + 1)
-    shared = Catalog.merge([every.select(every.rank == ALL_RANKS), rows])
+    generator_rows, content = object_rows(generators, writer=ranks[-1] + 1)
+    shared = Catalog.merge([every.select(every.rank == ALL_RANKS), generator_rows])
+    rows = joint.Rows(shared, counted(reader.reading(shared, content)))
     own = tie_equal(every.select(every.rank != ALL_RANKS))
-    return joint.Contribution(
-        reader.ranks, shared, reader.reading(shared, content), own, reader.reading(own, b""), objects
-    )
+    own_rows = joint.Rows(own, counted(reader.reading(own, b""))) if len(own) else None
+    return joint.Contribution(ranks, rows, own_rows, objects)
 
 
 def _stored_bytes(catalog: Catalog) -> int:

@@ -115,7 +115,7 @@ def test_slots_of_the_wrong_ranks_are_refused(slots: list[Slot], place: str) -> 
     stores = daemons(2)
     stores[0].write(SNAPSHOT, place, on_nodes(slots, 2)[0], 0, 2)
     stores[1].write(SNAPSHOT, place, on_nodes(slots, 2)[0], 1, 2)
-    with pytest.raises(StoreError, match="node node-0 and node-1: rank 0 is listed 2 times"):
+    with pytest.raises(StoreError, match="nodes node-0, node-1: rank 0 is listed 2 times"):
         stores[0].commit(SNAPSHOT, place, 2)
     assert Store.open(place).checkpoints() == []
 

@@ -12,7 +12,7 @@ from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.format import objects
 from ckptd.tiers.store import Part, Store, StoredCheckpoint
-from ckptd.tiers.store.joint import Contribution, NodeWriter, commit
+from ckptd.tiers.store.joint import Contribution, NodeWriter, Rows, commit
 
 JOB = "a job"
 Tensors = dict[str, tuple[str, np.ndarray]]
@@ -135,7 +135,7 @@ def contributions(name: SnapshotId, held: Tensors, nodes: int, own: Own = alike)
         rows = Memory(share, writer=node)
         mine = Memory(own(node), writer=node, ranks=dict.fromkeys(own(node), node))
         values = shared_objects(name.step) | {"loader": objects.encode(["position", node])}
-        found.append(Contribution([node], rows.catalog, rows.read, mine.catalog, mine.read, {node: values}))
+        found.append(Contribution([node], Rows(rows.catalog, rows.read), Rows(mine.catalog, mine.read), {node: values}))
     return found
 
 

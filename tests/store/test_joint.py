@@ -12,7 +12,7 @@ from ckptd.core.errors import StoreError
 from ckptd.core.native import crc32c
 from ckptd.tiers.store import Store, joint
 from ckptd.tiers.store.files import FileBackEnd
-from ckptd.tiers.store.joint import Contribution, NodeWriter
+from ckptd.tiers.store.joint import Contribution, NodeWriter, Rows
 from ckptd.tiers.store.names import checkpoint, data_file, lists, manifest_part
 from tests.simulated_disk import SimulatedDisk
 from tests.store.samples import (
@@ -136,33 +136,34 @@ Change = Callable[[Contribution, Contribution], Contribution]
 
 
 def _without_a_chunk(mine: Contribution, _: Contribution) -> Contribution:
-    kept = [row for row in mine.rows if row != mine.rows.rows("long")[1]]
-    return mine._replace(rows=mine.rows.select(kept), read=lambda row, into: mine.read(kept[row], into))
+    catalog, read = mine.rows
+    kept = [row for row in catalog if row != catalog.rows("long")[1]]
+    return mine._replace(rows=Rows(catalog.select(kept), lambda row, into: read(kept[row], into)))
 
 
 def _of_another_shape(mine: Contribution, _: Contribution) -> Contribution:
     wrong = Memory({"model/weight": ("int16", np.zeros(3, np.int16))}, writer=1)
-    return mine._replace(rows=wrong.catalog, read=wrong.read)
+    return mine._replace(rows=Rows(wrong.catalog, wrong.read))
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
     "a rank twice": (
         lambda mine, _: mine._replace(ranks=[1, 2]),
-        "node node-1 and node-2: rank 2 is listed 2 times",
+        "nodes node-1, node-2: rank 2 is listed 2 times",
     ),
     "a rank of none": (
         lambda mine, _: mine._replace(ranks=[4]),
         r"ranks \[1, 3\] are in no list \(node-0: \[0\]; node-1: \[4\]; node-2: \[2\]\)",
     ),
     "a chunk twice": (
-        lambda mine, other: mine._replace(rows=other.rows, read=other.read),
-        r"node node-0 and node-1: the chunk of tensor '-' at \[\] is written twice",
+        lambda mine, other: mine._replace(rows=other.rows),
+        r"nodes node-0, node-1: the chunk of tensor '-' at \[\] is written twice",
     ),
     "a chunk of none": (
         _without_a_chunk,
-        "chunks are in no list of node-0, node-1, node-2: tensor 'long': its chunks hold 3072 of 4096 bytes",
+        "nodes node-0, node-1, node-2: tensor 'long': its chunks hold 3072 of 4096 bytes",
     ),
-    "another shape": (_of_another_shape, "node node-0, node-1, node-2: tensor 'model/weight': listed as"),
+    "another shape": (_of_another_shape, "nodes node-0, node-1, node-2: tensor 'model/weight': listed as"),
 }
 
 
@@ -216,16 +217,18 @@ def test_what_is_not_as_listed_is_refused_and_written_again(disk: list[Store], d
 
 
 def test_what_differs_is_kept_for_its_rank(disk: list[Store]) -> None:
-    other = contributions(NAME, tensors(), 3)[1]
+    own = contributions(NAME, tensors(), 3)[1].own
+    assert own is not None
+    catalog, read_own = own
 
     def changed(row: int, into: memoryview) -> None:
-        other.read_own(row, into)
+        read_own(row, into)
         into[0] ^= 255 * (row == 0)
 
-    first = memoryview(bytearray(int(other.own.raw[0])))
+    first = memoryview(bytearray(int(catalog.raw[0])))
     changed(0, first)
     put(disk, 0)
-    put(disk, 1, own=other.own.replaced(crc=[crc32c(first), *other.own.crc[1:].tolist()]), read_own=changed)
+    put(disk, 1, own=Rows(catalog.replaced(crc=[crc32c(first), *catalog.crc[1:].tolist()]), changed))
     put(disk, 2)
     joint.commit(disk[0], NAME, JOB, 3)
     with disk[0].reader(NAME) as stored:

@@ -81,6 +81,12 @@ def read_file(place: Readable, path: Path, limit: int) -> bytes:
     return bytes(data)
 
 
+def size_of(place: Readable, path: Path) -> int:
+    """Bytes of a file."""
+    with contextlib.closing(place.open(path)) as file:
+        return file.size
+
+
 def discard_file(disk: Disk, path: Path) -> None:
     """Removes a file, if it is there."""
     with contextlib.suppress(NotFoundError):

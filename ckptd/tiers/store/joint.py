@@ -14,86 +14,81 @@ can be done again at any time, by other processes: the same bytes come out.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
-import numpy as np
 
 from ckptd.core.catalog import Catalog
-from ckptd.core.errors import CkptdError, NotFoundError, StoreError
+from ckptd.core.errors import CkptdError, StoreError
 from ckptd.core.types import SnapshotId
 from ckptd.format.commit import MAX_WRITERS, Commit, ObjectsFile, Part
 from ckptd.format.manifest import from_parquet, to_parquet
 from ckptd.plan.share import object_rows, share_objects, share_stored
 from ckptd.plan.whole import missing, repeated
 from ckptd.tiers.store import names
+from ckptd.tiers.store.backend import Path
 from ckptd.tiers.store.journal import Journal
+from ckptd.tiers.store.parts import discard, discard_unfinished, has_data, has_manifest, settle
 from ckptd.tiers.store.pipeline import Read
-from ckptd.tiers.store.reader import StoredCheckpoint, has_length
+from ckptd.tiers.store.reader import StoredCheckpoint
 from ckptd.tiers.store.store import Store
-from ckptd.tiers.store.writer import CheckpointWriter, discard_files, discard_unfinished, settle_files
+from ckptd.tiers.store.writer import CheckpointWriter, PartWriter
 
 _SHOWN = 5
 
 
+class Rows(NamedTuple):
+    """Chunks, and how to read them."""
+
+    catalog: Catalog
+    read: Read
+
+
 class Contribution(NamedTuple):
-    """What one node has of a snapshot: `rows`, stored as they are; `own` rows, each of one rank, and `objects` (rank ->
-    path -> value), of which the root decides."""
+    """What the ranks of one node have of a snapshot: `rows`, stored as they are; and of which the root decides, rows
+    that are each of one rank's `own`, and `objects` (rank -> path -> value)."""
 
     ranks: list[int]
-    rows: Catalog
-    read: Read
-    own: Catalog
-    read_own: Read
+    rows: Rows
+    own: Rows | None
     objects: dict[int, dict[str, bytes]]
 
 
-class _Own(msgspec.Struct, array_like=True):
-    """Data files of what differs between ranks, and the manifest of all that is in them."""
-
-    manifest: bytes
-    rows: int
-    data: list[int]
-
-
 class _List(msgspec.Struct):
-    """What one node says that it has written. `objects`: rank -> path -> number of a value."""
+    """What one node says that it has written: a part, and perhaps one whose manifest is not in the store but here.
+    `objects`: rank -> path -> which of the `values`."""
 
     snapshot: SnapshotId
     job: str
     node: str
-    part: int
-    parts: int
+    number: int
+    nodes: int
     ranks: list[int]
     shared: Part
-    own: _Own | None
+    own: Part | None
+    own_manifest: bytes
     values: list[bytes]
     objects: dict[int, dict[str, int]]
 
-    @property
-    def data(self) -> list[tuple[int, int, int]]:
-        """(writer, file, length) of all data files."""
-        own = [] if self.own is None else self.own.data
-        return [
-            *((self.part, number, length) for number, length in enumerate(self.shared.data)),
-            *((self.parts + self.part, number, length) for number, length in enumerate(own)),
-        ]
+    def objects_of(self, rank: int) -> dict[str, bytes]:
+        """path -> value of a rank."""
+        return {path: self.values[which] for path, which in self.objects.get(rank, {}).items()}
 
 
 class NodeWriter:
-    """What node `part` of `parts` writes of a checkpoint; `node` names it in messages."""
+    """What node `number` of `nodes` writes of a checkpoint; `node` is its name."""
 
-    def __init__(self, store: Store, identity: SnapshotId, job: str, node: str, part: int, parts: int) -> None:
-        if not 0 <= part < parts <= (MAX_WRITERS - 1) // 2:
-            raise ValueError(f"part {part} of {parts}")
+    def __init__(self, store: Store, identity: SnapshotId, job: str, node: str, number: int, nodes: int) -> None:
+        if not 0 <= number < nodes <= (MAX_WRITERS - 1) // 2:
+            raise ValueError(f"node {number} of {nodes}")
         self._store = store
         self._back_end = store.back_end
         self._identity = identity
-        self._job = job
-        self._node = node
-        self._part, self._parts = part, parts
+        self._who = (identity, job, node, number, nodes)
+        self._writer, self._own_writer = number, nodes + number
         self._directory = names.checkpoint(identity)
         self._journal = Journal(self._back_end, names.lists(self._directory))
 
@@ -104,31 +99,37 @@ class NodeWriter:
     def write(self, given: Contribution, *, threads: int, cancelled: Callable[[], bool]) -> None:
         """Writes everything anew, durably, then the list. StoreError, CorruptionError; what was written is then
         removed, as far as it can be."""
-        writer = self._store.writer(self._identity, self._job, joined=True)  # refuses what is in doubt
+        writer = self._store.writer(self._identity, self._who[1], joined=True)  # refuses what is in doubt
         try:
             self._write(writer, given, threads, cancelled)
         except BaseException:
             with contextlib.suppress(Exception):
-                if self._journal.get(self._part) is None:  # else another node has taken this one's place
+                if self._journal.get(self._writer) is None:  # else another node has taken this one's place
                     self._discard()
             raise
 
     def _write(
         self, writer: CheckpointWriter, given: Contribution, threads: int, cancelled: Callable[[], bool]
     ) -> None:
-        for path in ((self._directory,), *names.folders(self._directory)):
+        for path in ((self._directory,), *names.folders(self._directory), self._journal.path):
             self._back_end.make_directory(path, exist_ok=True)
         self._discard()
-        main, own = writer.part(self._part), None
-        shared = main.write_manifest(*main.write_data(given.rows, given.read, threads=threads, cancelled=cancelled))
-        if len(given.own):
-            rows, lengths = writer.part(self._parts + self._part).write_data(
-                given.own, given.read_own, threads=threads, cancelled=cancelled
-            )
-            own = _Own(to_parquet(rows), len(rows), lengths)
-        settle_files(self._back_end, self._directory)
+
+        def data_of(part: PartWriter, rows: Rows) -> tuple[Catalog, list[int]]:
+            return part.write_data(rows.catalog, rows.read, threads=threads, cancelled=cancelled)
+
+        part, own, manifest = writer.part(self._writer), None, b""
+        shared = part.write_manifest(*data_of(part, given.rows))
+        if given.own is not None:
+            catalog, lengths = data_of(writer.part(self._own_writer), given.own)
+            manifest = to_parquet(catalog)
+            digest = hashlib.sha256(manifest).hexdigest()
+            own = Part(self._own_writer, len(catalog), len(manifest), digest, lengths)
+        settle(self._back_end, self._directory)
         self._settle_directories()
-        self._journal.put(self._part, self._encoded(given, shared, own))
+        values, objects = _numbered(given.objects)
+        listed = _List(*self._who, given.ranks, shared, own, manifest, values, objects)
+        self._journal.put(self._writer, msgspec.msgpack.encode(listed))
 
     def _settle_directories(self) -> None:
         """If this fails it has failed for good: who writes again must not find them."""
@@ -141,41 +142,31 @@ class NodeWriter:
 
     def _discard(self) -> None:
         """Removes what this node wrote: first the list, durably."""
-        self._journal.discard(self._part)
-        mine = (self._part, self._parts + self._part)
-        discard_files(self._back_end, self._directory, lambda path: names.writer_of(path) in mine)
-
-    def _encoded(self, given: Contribution, shared: Part, own: _Own | None) -> bytes:
-        numbers: dict[bytes, int] = {}
-        objects = {
-            rank: {path: numbers.setdefault(value, len(numbers)) for path, value in values.items()}
-            for rank, values in given.objects.items()
-        }
-        who = (self._identity, self._job, self._node, self._part, self._parts)
-        return msgspec.msgpack.encode(_List(*who, given.ranks, shared, own, list(numbers), objects))
+        self._journal.discard(self._writer)
+        mine = (self._writer, self._own_writer)
+        discard(self._back_end, self._directory, lambda path: names.writer_of(path) in mine)
 
     def _is_listed(self) -> bool:
-        listed = _read_list(self._journal, self._part)
-        if listed is None or (listed.node, listed.parts) != (self._node, self._parts):
+        listed = _read_list(self._journal, self._writer)
+        if listed is None or (listed.snapshot, listed.job, listed.node, listed.number, listed.nodes) != self._who:
             return False
-        try:
-            manifest = names.manifest_part(self._directory, self._part)
-            return has_length(self._back_end, manifest, listed.shared.size) and all(
-                has_length(self._back_end, names.data_file(self._directory, writer, number), length)
-                for writer, number, length in listed.data
-            )
-        except NotFoundError:
-            return False
+        own = listed.own is None or has_data(self._back_end, self._directory, listed.own)
+        place = self._back_end, self._directory, listed.shared
+        return own and has_data(*place) and has_manifest(*place)
 
 
-def commit(store: Store, identity: SnapshotId, job: str, parts: int, still: Callable[[], None] = lambda: None) -> None:
-    """Puts COMMIT of what `parts` nodes have written. StoreError, naming the node, where it cannot be a whole
-    checkpoint; `still` is asked last and raises if it must not be one."""
-    _Root(store, identity, job, parts).commit(still)
+def _numbered(objects: dict[int, dict[str, bytes]]) -> tuple[list[bytes], dict[int, dict[str, int]]]:
+    """The distinct values, and for each rank and path which of them it is."""
+    numbers: dict[bytes, int] = {}
+    chosen = {
+        rank: {path: numbers.setdefault(value, len(numbers)) for path, value in values.items()}
+        for rank, values in objects.items()
+    }
+    return list(numbers), chosen
 
 
-def _read_list(journal: Journal, part: int) -> _List | None:
-    payload = journal.get(part)
+def _read_list(journal: Journal, number: int) -> _List | None:
+    payload = journal.get(number)
     if payload is None:
         return None
     with contextlib.suppress(msgspec.MsgspecError):
@@ -183,109 +174,105 @@ def _read_list(journal: Journal, part: int) -> _List | None:
     return None
 
 
-class _Root:
-    """One attempt to commit."""
+def commit(store: Store, identity: SnapshotId, job: str, nodes: int, still: Callable[[], None] = lambda: None) -> None:
+    """Puts COMMIT of what `nodes` nodes have written. StoreError, naming the node, where it cannot be a whole
+    checkpoint; `still` is asked last and raises if it must not be one."""
+    root = _Root(store, identity, job, _read_lists(store, identity, job, nodes))
+    root.commit(still)
 
-    def __init__(self, store: Store, identity: SnapshotId, job: str, parts: int) -> None:
-        self._store = store
+
+def _read_lists(store: Store, identity: SnapshotId, job: str, nodes: int) -> list[_List]:
+    directory = names.checkpoint(identity)
+    journal = Journal(store.back_end, names.lists(directory))
+    lists = []
+    for number in range(nodes):
+        listed = _read_list(journal, number)
+        if listed is None:
+            raise StoreError(
+                f"{store.back_end.describe((directory,))}: node number {number} of {nodes} has left no list of what it "
+                "wrote, or a damaged one; it must write again"
+            )
+        if (listed.snapshot, listed.job, listed.number, listed.nodes) != (identity, job, number, nodes):
+            raise StoreError(
+                f"{store.back_end.describe((directory,))}: node {listed.node} lists what it wrote of "
+                f"{listed.snapshot} of job {listed.job!r} as number {listed.number} of {listed.nodes}; expected number "
+                f"{number} of {nodes} of job {job!r}; it must write again"
+            )
+        lists.append(listed)
+    return lists
+
+
+class _Root:
+    """One attempt to commit what is in the lists."""
+
+    def __init__(self, store: Store, identity: SnapshotId, job: str, lists: Sequence[_List]) -> None:
         self._back_end = store.back_end
         self._identity = identity
         self._job = job
+        self._lists = lists
         self._directory = names.checkpoint(identity)
-        self._described = self._back_end.describe((self._directory,))
-        self._lists = self._read_lists(parts)
-        self._nodes = {number + k * parts: found.node for number, found in enumerate(self._lists) for k in (0, 1)}
-        self._nodes[2 * parts] = self._lists[0].node
+        self._writer = store.writer(identity, job, joined=True)
+        self._objects_writer = 2 * len(lists)
 
     def commit(self, still: Callable[[], None]) -> None:
         self._check_ranks()
-        writer = self._store.writer(self._identity, self._job, joined=True)
-        self._discard_earlier()
-        parts = [found.shared for found in self._lists]
-        parts += self._own_parts(writer)
-        shared, differing = self._objects(writer)
-        parts += differing
-        if len(parts) > len(self._lists):
-            settle_files(self._back_end, self._directory)
+        discard_unfinished(self._back_end, self._directory)
+        discard(self._back_end, self._directory, self._is_mine)
+        of_rank = {rank: listed.objects_of(rank) for listed in self._lists for rank in listed.ranks}
+        shared, own = share_objects([of_rank[rank] for rank in sorted(of_rank)])
+        mine = [*self._manifests(), *self._part_of(own)]
+        if mine:
+            settle(self._back_end, self._directory)
+        parts = [*(listed.shared for listed in self._lists), *mine]
         self._check_whole(parts)
         still()
-        writer.commit(parts, shared)
+        self._writer.commit(parts, shared)
 
-    def _read_lists(self, parts: int) -> list[_List]:
-        journal = Journal(self._back_end, names.lists(self._directory))
-        found = []
-        for part in range(parts):
-            listed = _read_list(journal, part)
-            if listed is None:
-                raise StoreError(
-                    f"{self._described}: node number {part} of {parts} has left no list of what it wrote, or a damaged "
-                    "one; it must write again"
-                )
-            says = (listed.snapshot, listed.job, listed.part, listed.parts)
-            if says != (self._identity, self._job, part, parts):
-                raise self._refusal(
-                    listed.node, f"lists part {says[2]} of {says[3]} of {says[0]} of job {says[1]!r}, as number {part}"
-                )
-            found.append(listed)
-        return found
+    def _is_mine(self, path: Path) -> bool:
+        """What only roots write, and one that was killed may have left."""
+        writer = names.writer_of(path) or 0
+        manifest = names.MANIFEST in path and writer >= len(self._lists)
+        return manifest or writer == self._objects_writer
 
-    def _refusal(self, node: str, problem: str) -> StoreError:
-        return StoreError(f"{self._described}: node {node}: {problem}; nothing is committed, write it again")
+    def _manifests(self) -> list[Part]:
+        """Of what differs between ranks, but for writers of which nothing is needed."""
+        stored, lengths = [], []
+        for listed in self._lists:
+            if listed.own is not None:
+                try:
+                    stored.append(from_parquet(listed.own_manifest, listed.own.rows))
+                except CkptdError as error:
+                    raise self._refusal([listed.node], str(error)) from None
+                lengths.append((listed.own.writer, listed.own.data))
+        needed = zip(share_stored(stored), lengths, strict=True)
+        return [self._writer.part(number).write_manifest(rows, data) for rows, (number, data) in needed if len(rows)]
+
+    def _part_of(self, objects: dict[tuple[str, int], bytes]) -> list[Part]:
+        """The part that holds objects which differ, if there are any."""
+        if not objects:
+            return []
+        rows, content = object_rows(objects, writer=self._objects_writer)
+
+        def read(row: int, into: memoryview) -> None:
+            start = int(rows.file_offset[row])
+            into[:] = content[start : start + len(into)]
+
+        part = self._writer.part(self._objects_writer)
+        return [part.write_manifest(*part.write_data(rows, read))]
+
+    # --- whether it is one whole checkpoint
 
     def _check_ranks(self) -> None:
         """Every rank once: from 0, without gaps."""
         listed = Counter(rank for found in self._lists for rank in found.ranks)
         for rank, count in listed.items():
             if count > 1:
-                holders = " and ".join(found.node for found in self._lists if rank in found.ranks)
+                holders = [found.node for found in self._lists if rank in found.ranks]
                 raise self._refusal(holders, f"rank {rank} is listed {count} times")
         absent = sorted(set(range(max(listed, default=0) + 1)) - set(listed))
         if absent:
             lists = "; ".join(f"{found.node}: {found.ranks}" for found in self._lists[:_SHOWN])
-            raise StoreError(f"{self._described}: ranks {absent} are in no list ({lists}); nothing is committed")
-
-    def _discard_earlier(self) -> None:
-        """What a root that was killed has left. Nobody else writes these names."""
-        parts = len(self._lists)
-        discard_unfinished(self._back_end, self._directory)
-
-        def is_mine(path: tuple[str, ...]) -> bool:
-            writer = names.writer_of(path) or 0
-            return writer == 2 * parts or (parts <= writer < 2 * parts and names.MANIFEST in path)
-
-        discard_files(self._back_end, self._directory, is_mine)
-
-    def _own_parts(self, writer: CheckpointWriter) -> list[Part]:
-        """Manifests of what differs between ranks, but for writers of which nothing is needed."""
-        stored, lengths = [], []
-        for found in self._lists:
-            if found.own is not None:
-                try:
-                    stored.append(from_parquet(found.own.manifest, found.own.rows))
-                except CkptdError as error:
-                    raise self._refusal(found.node, str(error)) from None
-                lengths.append((len(self._lists) + found.part, found.own.data))
-        needed = zip(share_stored(stored), lengths, strict=True)
-        return [writer.part(number).write_manifest(rows, data) for rows, (number, data) in needed if len(rows)]
-
-    def _objects(self, writer: CheckpointWriter) -> tuple[dict[str, bytes], list[Part]]:
-        """(objects that all ranks share, the part of those that differ)."""
-        of_rank: dict[int, dict[str, bytes]] = {}
-        for found in self._lists:
-            for rank in found.ranks:
-                numbers = found.objects.get(rank, {})
-                of_rank[rank] = {path: found.values[number] for path, number in numbers.items()}
-        shared, own = share_objects([of_rank[rank] for rank in sorted(of_rank)])
-        if not own:
-            return shared, []
-        rows, content = object_rows(own, writer=2 * len(self._lists))
-
-        def read(row: int, into: memoryview) -> None:
-            start = int(rows.file_offset[row])
-            into[:] = content[start : start + len(into)]
-
-        part = writer.part(2 * len(self._lists))
-        return shared, [part.write_manifest(*part.write_data(rows, read))]
+            raise self._refusal(None, f"ranks {absent} are in no list ({lists})")
 
     def _check_whole(self, parts: Sequence[Part]) -> None:
         """Reads the checkpoint as if it were committed: sizes and digests of all files, rows, and what they cover."""
@@ -295,28 +282,29 @@ class _Root:
                 catalog = checkpoint.catalog()
             except CkptdError as error:
                 raise self._refusal(self._to_blame(checkpoint, parts), str(error)) from None
-        for one, other in repeated(catalog):
-            nodes = sorted({self._nodes[int(catalog.writer[row])] for row in (one, other)})
-            key, box = catalog.tensors[catalog.tensor[one]].key, catalog.box(one)
-            problem = f"the chunk of tensor {key!r} at {list(box.offsets)} is written twice"
-            raise self._refusal(" and ".join(nodes), problem)
+        for rows in repeated(catalog):
+            key, box = catalog.tensors[catalog.tensor[rows[0]]].key, catalog.box(rows[0])
+            nodes = [self._node_of(int(catalog.writer[row])) for row in rows]
+            raise self._refusal(nodes, f"the chunk of tensor {key!r} at {list(box.offsets)} is written twice")
         gaps = missing(catalog)
         if gaps:
-            nodes = sorted({found.node for found in self._lists})
-            raise StoreError(
-                f"{self._described}: chunks are in no list of {', '.join(nodes[:_SHOWN])}: {'; '.join(gaps[:_SHOWN])}; "
-                "nothing is committed"
-            )
+            raise self._refusal(None, "; ".join(gaps[:_SHOWN]))
 
-    def _to_blame(self, checkpoint: StoredCheckpoint, parts: Sequence[Part]) -> str:
-        """The node whose files are not as it says; all, where only together they are wrong."""
+    def _to_blame(self, checkpoint: StoredCheckpoint, parts: Sequence[Part]) -> list[str] | None:
+        """The node whose files are not as it says; None, where only together they are wrong."""
         for part in parts:
             try:
                 checkpoint.part(part)
             except CkptdError:
-                return self._nodes[part.writer]
-        return ", ".join(sorted({found.node for found in self._lists}))
+                return [self._node_of(part.writer)]
+        return None
 
+    def _node_of(self, writer: int) -> str:
+        return self._lists[0 if writer == self._objects_writer else writer % len(self._lists)].node
 
-EMPTY = Catalog.build([], [], np.zeros((0, 0)), np.zeros((0, 0)))
-"""No rows."""
+    def _refusal(self, nodes: Sequence[str] | None, problem: str) -> StoreError:
+        """`nodes`: those to blame; None: no single one."""
+        chosen = sorted({listed.node for listed in self._lists} if nodes is None else {*nodes})
+        who = ("node " if len(chosen) == 1 else "nodes ") + ", ".join(chosen[:_SHOWN])
+        described = self._back_end.describe((self._directory,))
+        return StoreError(f"{described}: as written by {who}: {problem}; nothing is committed, write it again")

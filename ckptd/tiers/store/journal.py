@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from ckptd.core.errors import FormatError, NotFoundError
+from ckptd.core.errors import FormatError, NotFoundError, StoreError
 from ckptd.tiers.store.backend import BackEnd, Entry, Path
 from ckptd.tiers.store.files import read_file
 
@@ -33,6 +33,12 @@ class Journal:
 
     def put(self, number: int, payload: bytes) -> None:
         """Writes an entry, durably, instead of one that may be there."""
+        if len(payload) > MAX_ENTRY_BYTES - _SEAL_BYTES:
+            described = self._back_end.describe(self._entry(number))
+            raise StoreError(
+                f"{described}: {len(payload)} bytes; at most {MAX_ENTRY_BYTES - _SEAL_BYTES}. Keep large objects of "
+                "ranks in tensors"
+            )
         self.discard(number)
         self._back_end.write(self._entry(number), payload + hashlib.sha256(payload).digest())
         self._back_end.settle(self.path)

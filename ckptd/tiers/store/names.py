@@ -85,9 +85,9 @@ def lists(directory: str) -> Path:
     return (directory, WRITTEN)
 
 
-def folders(directory: str) -> tuple[Path, ...]:
-    """The directories in that of a checkpoint which several nodes write."""
-    return (directory, DATA), (directory, MANIFEST), lists(directory)
+def folders(directory: str) -> tuple[Path, Path]:
+    """The directories of a checkpoint's data files and manifest parts."""
+    return (directory, DATA), (directory, MANIFEST)
 
 
 def writer_of(path: Path) -> int | None:

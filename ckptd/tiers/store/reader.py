@@ -32,7 +32,7 @@ from ckptd.format.objects import MAX_OBJECTS_BYTES, unpack_table
 from ckptd.plan.whole import missing
 from ckptd.tiers.store import names
 from ckptd.tiers.store.backend import BackEnd, InputFile, Path, for_each
-from ckptd.tiers.store.files import read_file
+from ckptd.tiers.store.files import read_file, size_of
 from ckptd.tiers.store.runs import in_place_order, run_starts
 
 MAX_PART_BYTES = 2**31
@@ -57,12 +57,6 @@ def read_commit(back_end: BackEnd, directory: str) -> Commit:
     if named is not None and named != commit.id:
         raise FormatError(f"{back_end.describe(path)}: is of {commit.id}; the directory was renamed, or COMMIT copied")
     return commit
-
-
-def has_length(back_end: BackEnd, path: Path, length: int) -> bool:
-    """Whether a file has this length; NotFoundError if it is not there."""
-    with contextlib.closing(back_end.open(path)) as file:
-        return file.size == length
 
 
 class _Metadata(msgspec.Struct, array_like=True):
@@ -320,11 +314,12 @@ class StoredCheckpoint:
 
     def _check_length(self, part: Part, number: int) -> None:
         path = names.data_file(self._directory, part.writer, number)
-        with contextlib.closing(self._open(path)) as file:
-            if file.size != part.data[number]:
-                raise CorruptionError(
-                    f"{self._back_end.describe(path)}: expected {part.data[number]} bytes, found {file.size}"
-                )
+        try:
+            found = size_of(self._back_end, path)
+        except NotFoundError as error:
+            raise CorruptionError(f"{error}; COMMIT lists it") from None
+        if found != part.data[number]:
+            raise CorruptionError(f"{self._back_end.describe(path)}: expected {part.data[number]} bytes, found {found}")
 
     def _open(self, path: Path) -> InputFile:
         try:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterator
 
@@ -23,11 +22,10 @@ from ckptd.core.errors import CkptdError, FormatError, NotFoundError, StoreError
 from ckptd.core.types import SnapshotId
 from ckptd.format.commit import Part
 from ckptd.tiers.store import names
-from ckptd.tiers.store.files import read_file
 from ckptd.tiers.store.journal import Journal
-from ckptd.tiers.store.reader import has_length
+from ckptd.tiers.store.parts import discard, discard_unfinished, files_of, has_data, has_manifest
 from ckptd.tiers.store.store import Store
-from ckptd.tiers.store.writer import CheckpointWriter, discard_files, discard_unfinished, files_of
+from ckptd.tiers.store.writer import CheckpointWriter
 
 
 class ResumableWriter:
@@ -95,23 +93,17 @@ class ResumableWriter:
         """The parts in the journal whose files are there, of the right length; nothing if there is no checkpoint."""
         found: dict[int, Part] = {}
         for number in self._journal.numbers():
-            with contextlib.suppress(CkptdError, msgspec.MsgspecError):
+            with contextlib.suppress(msgspec.MsgspecError):
                 part = msgspec.msgpack.decode(self._journal.get(number) or b"", type=Part)
-                if part.writer == number and self._is_whole(part):
+                there = has_manifest(self._back_end, self._directory, part)
+                if part.writer == number and there and has_data(self._back_end, self._directory, part):
                     found[number] = part
         return found
-
-    def _is_whole(self, part: Part) -> bool:
-        """Whether the files of a part are as it says; what its bytes are is checked when they are read."""
-        manifest, *data = files_of(self._directory, part)
-        if hashlib.sha256(read_file(self._back_end, manifest, part.size)).hexdigest() != part.sha256:
-            return False
-        return all(has_length(self._back_end, path, size) for path, size in zip(data, part.data, strict=True))
 
     def _discard_rest(self) -> None:
         """Removes what is not of a finished part, so that all of it is written anew."""
         kept = {path for part in self.finished.values() for path in files_of(self._directory, part)}
-        discard_files(self._back_end, self._directory, lambda path: path not in kept)
+        discard(self._back_end, self._directory, lambda path: path not in kept)
         discard_unfinished(self._back_end, self._directory)
 
 

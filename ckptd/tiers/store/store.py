@@ -24,9 +24,10 @@ from ckptd.tiers.store.backend import BackEnd, Entry, Path, for_each
 from ckptd.tiers.store.files import FileBackEnd, read_file
 from ckptd.tiers.store.location import Location, parse
 from ckptd.tiers.store.object_store import open_objects
+from ckptd.tiers.store.parts import discard, files_of
 from ckptd.tiers.store.posix import open_root
 from ckptd.tiers.store.reader import StoredCheckpoint, read_commit
-from ckptd.tiers.store.writer import CheckpointWriter, discard_files, files_of
+from ckptd.tiers.store.writer import CheckpointWriter
 
 TOKEN_S = 24 * 3600.0
 """Tokens are of use for seconds; one that is so old was left by a process that was killed."""
@@ -128,7 +129,11 @@ class Store:
 
     def exists(self, identity: SnapshotId) -> bool:
         """Whether a checkpoint is committed, as far as can be seen: enough to read it, not to rely on it."""
-        return self._is_committed(names.checkpoint(identity))
+        try:
+            read_commit(self.back_end, names.checkpoint(identity))
+        except (NotFoundError, FormatError):
+            return False
+        return True
 
     def committed(self, identity: SnapshotId) -> bool:
         """Whether a checkpoint is durable: committed by this process, or else, since nobody knows whether another one
@@ -137,10 +142,7 @@ class Store:
         StoreError if its commit failed in this process; a restart may ask again.
         """
         self._refuse_doubt(identity)
-        directory = names.checkpoint(identity)
-        try:
-            read_commit(self.back_end, directory)
-        except (NotFoundError, FormatError):
+        if not self.exists(identity):
             return False
         if identity not in self._durable:
             self._confirm(identity)
@@ -178,10 +180,10 @@ class Store:
         directory = names.checkpoint(identity)
         self._refuse_doubt(identity)
         if not joined:
-            if self._is_committed(directory):
+            if self.exists(identity):
                 raise StoreError(f"{self.back_end.describe((directory,))}: is committed; committed bytes never change")
             self._remove(directory)
-            for path in ((directory,), (directory, names.DATA), (directory, names.MANIFEST)):
+            for path in ((directory,), *names.folders(directory)):
                 self.back_end.make_directory(path)
         return CheckpointWriter(self.back_end, identity, job, lambda durable: self._ended(identity, durable), joined)
 
@@ -237,7 +239,7 @@ class Store:
         if all(entry.name != names.WRITTEN for entry in self.back_end.list((directory,))):
             return []
         listed = {path for part in read_commit(self.back_end, directory).parts for path in files_of(directory, part)}
-        discard_files(self.back_end, directory, lambda path: path not in listed)
+        discard(self.back_end, directory, lambda path: path not in listed)
         self.back_end.remove_tree(names.lists(directory))
         return ["/".join(names.lists(directory))]
 
@@ -289,13 +291,6 @@ class Store:
         except (FormatError, VersionError) as error:
             return str(error)
         return None
-
-    def _is_committed(self, directory: str) -> bool:
-        try:
-            read_commit(self.back_end, directory)
-        except (NotFoundError, FormatError):
-            return False
-        return True
 
     def _has_commit(self, directory: str) -> bool:
         return any(entry.name == names.COMMIT for entry in self.back_end.list((directory,)))

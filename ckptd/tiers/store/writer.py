@@ -15,14 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptd.core.catalog import Catalog
-from ckptd.core.errors import NotFoundError, StoreError
+from ckptd.core.errors import StoreError
 from ckptd.core.types import SnapshotId
 from ckptd.format.commit import Commit, ObjectsFile, Part, encode_commit
 from ckptd.format.layout import FILE_BYTES, LARGE_ALIGNMENT, aligned
 from ckptd.format.manifest import to_parquet
 from ckptd.format.objects import pack_table
 from ckptd.tiers.store import names
-from ckptd.tiers.store.backend import BackEnd, OutputFile, Path, for_each
+from ckptd.tiers.store.backend import BackEnd, OutputFile
+from ckptd.tiers.store.parts import settle
 from ckptd.tiers.store.pipeline import Read, encoded_rows
 
 _PADDING = bytes(LARGE_ALIGNMENT)
@@ -120,13 +121,13 @@ class PartWriter:
         """
         part = self.write_manifest(*self.write_data(catalog, read, threads=threads, cancelled=cancelled))
         with self._attempt():
-            settle_files(self._back_end, self._directory)
+            settle(self._back_end, self._directory)
         return part
 
     def write_data(
         self, catalog: Catalog, read: Read, *, threads: int = 1, cancelled: Callable[[], bool] = lambda: False
     ) -> tuple[Catalog, list[int]]:
-        """The first half of `write`: the data files, durable after `settle_files`. For `write_manifest`: the rows with
+        """The first half of `write`: the data files, durable after `parts.settle`. For `write_manifest`: the rows with
         the places that they have now, and the lengths of the files."""
         with self._attempt():
             chosen, owner = _without_ties(catalog)
@@ -149,38 +150,11 @@ class PartWriter:
             return catalog.replaced(writer=np.full(len(catalog), self._writer), **places), data.lengths
 
     def write_manifest(self, catalog: Catalog, lengths: list[int]) -> Part:
-        """The second half: lists rows in data files of these lengths. Durable after `settle_files`."""
+        """The second half: lists rows in data files of these lengths. Durable after `parts.settle`."""
         with self._attempt():
             manifest = to_parquet(catalog)
             self._back_end.write(names.manifest_part(self._directory, self._writer), manifest)
             return Part(self._writer, len(catalog), len(manifest), hashlib.sha256(manifest).hexdigest(), lengths)
-
-
-def discard_unfinished(back_end: BackEnd, directory: str) -> None:
-    """Removes what an earlier attempt to commit has left, so that there can be another one."""
-    found = {entry.name for entry in back_end.list((directory,))}
-    for name in found & {names.OBJECTS, names.COMMIT_TEMPORARY}:
-        back_end.discard((directory, name))
-
-
-def settle_files(back_end: BackEnd, directory: str) -> None:
-    """Makes the names of a checkpoint's data files and manifest parts durable."""
-    for folder in (names.DATA, names.MANIFEST):
-        back_end.settle((directory, folder))
-
-
-def files_of(directory: str, part: Part) -> list[Path]:
-    """All files of one part."""
-    data = [names.data_file(directory, part.writer, number) for number in range(len(part.data))]
-    return [names.manifest_part(directory, part.writer), *data]
-
-
-def discard_files(back_end: BackEnd, directory: str, unwanted: Callable[[Path], bool]) -> None:
-    """Removes the manifest parts and data files of a checkpoint that are `unwanted`."""
-    for folder in (names.MANIFEST, names.DATA):
-        with contextlib.suppress(NotFoundError):  # an object store has no directory without an object
-            paths = [(directory, folder, entry.name) for entry in back_end.list((directory, folder))]
-            for_each(back_end, back_end.discard, [p for p in paths if names.writer_of(p) is not None and unwanted(p)])
 
 
 class _DataFiles:
