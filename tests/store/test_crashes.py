@@ -317,8 +317,6 @@ def test_a_list_is_gone_before_what_it_names_is_changed() -> None:
     """Otherwise it may come back after a loss of power, beside files that are not what it says."""
 
     class Saboteur(Witness):
-        thorough = False
-
         def watch(self) -> None:
             super().watch()
             left_out: list[Operation] = []
