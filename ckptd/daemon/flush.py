@@ -107,10 +107,24 @@ class Stores:
         StoreError, also where a newer epoch than `epoch`, this node's, has begun; CorruptionError. What was begun is
         then removed.
         """
+        yield_to_training()
+        self._cancelled.discard(snapshot)
+        self.progress = progress = Progress(snapshot)
         with contextlib.ExitStack() as held:
+            held.callback(self._no_progress)
             for slot in slots:
                 held.callback(slot.close)
-            self._write(snapshot, store, lambda: SnapshotReader(snapshot, slots), part, parts, epoch)
+            opened = self._open(store, create=part == 0)
+            if part == 0 and store in self._untidy:
+                self._tidy(store, snapshot)
+            writer = joint.NodeWriter(opened, snapshot, self._job, self._node, part, parts)
+            if writer.is_done():
+                return
+            _refuse_newer(opened, epoch)
+            given = _contribution(SnapshotReader(snapshot, slots), progress.counting, alone=parts == 1)
+            progress.total_bytes = sum(_stored_bytes(rows.catalog) for rows in (given.rows, given.own) if rows)
+            with self._attempt(store, snapshot, alone=parts == 1):
+                writer.write(given, threads=_workers(), cancelled=lambda: self._is_cancelled(snapshot))
 
     def commit(
         self, snapshot: SnapshotId, store: str, parts: int, keep: int | None = None, epoch: Epoch | None = None
@@ -124,45 +138,15 @@ class Stores:
         opened = self._open(store)
         fresh = not opened.committed(snapshot)
         if fresh:
-            with self._untidy_if_failing(store):
-                try:
-                    joint.commit(opened, snapshot, self._job, parts, lambda: _refuse_newer(opened, epoch))
-                except BaseException:
-                    if parts == 1:  # nobody else writes it; what is in doubt is refused, and stays
-                        with contextlib.suppress(Exception):
-                            opened.abandon(snapshot)
-                    raise
+            with self._attempt(store, snapshot, alone=parts == 1):
+                joint.commit(opened, snapshot, self._job, parts, lambda: _refuse_newer(opened, epoch))
         self._tolerate(store, "what was written in vain could not be removed", lambda: opened.sweep(snapshot))
         if keep is not None:
             self._tolerate(store, "older checkpoints could not be removed", lambda: opened.prune(keep))
         return fresh
 
-    def _write(
-        self,
-        snapshot: SnapshotId,
-        store: str,
-        reader: Callable[[], SnapshotReader],
-        part: int,
-        parts: int,
-        epoch: Epoch | None = None,
-    ) -> None:
-        yield_to_training()
-        self._cancelled.discard(snapshot)
-        self.progress = progress = Progress(snapshot)
-        try:
-            opened = self._open(store, create=part == 0)
-            if part == 0 and store in self._untidy:
-                self._tidy(store, snapshot)
-            writer = joint.NodeWriter(opened, snapshot, self._job, self._node, part, parts)
-            if writer.is_done():
-                return
-            _refuse_newer(opened, epoch)
-            given = _contribution(reader(), progress.counting, alone=parts == 1)
-            progress.total_bytes = sum(_stored_bytes(rows.catalog) for rows in (given.rows, given.own) if rows)
-            with self._untidy_if_failing(store):
-                writer.write(given, threads=_workers(), cancelled=lambda: self._is_cancelled(snapshot))
-        finally:
-            self.progress = None
+    def _no_progress(self) -> None:
+        self.progress = None
 
     def _is_cancelled(self, snapshot: SnapshotId) -> bool:
         return self._leaving.is_set() or snapshot in self._cancelled
@@ -178,11 +162,15 @@ class Stores:
         return self._opened[uri]
 
     @contextlib.contextmanager
-    def _untidy_if_failing(self, uri: str) -> Iterator[None]:
+    def _attempt(self, uri: str, snapshot: SnapshotId, *, alone: bool) -> Iterator[None]:
+        """A failure leaves something to be tidied up. Of a node that is `alone` it goes at once: nobody else writes."""
         try:
             yield
         except BaseException:
             self._untidy.add(uri)
+            if alone:
+                with contextlib.suppress(CkptdError):  # what is in doubt is refused, and stays
+                    self._opened[uri].abandon(snapshot)
             raise
 
     def _tolerate(self, uri: str, problem: str, work: Callable[[], object]) -> None:
