@@ -121,6 +121,15 @@ def test_directories_are_listed_and_removed_whole(back_end: BackEnd, directory: 
     assert back_end.list(("epochs",)) == [Entry("1", False)]
 
 
+def test_what_may_be_in_doubt_is_made_sure_of(back_end: BackEnd, directory: tuple[str, ...]) -> None:
+    path, temporary = (*directory, "COMMIT"), (*directory, "COMMIT.tmp")
+    back_end.prepare(path, temporary, b"one")()
+    for _ in range(2):
+        back_end.confirm(path, temporary, b"one")
+        assert read_file(back_end, path, 3) == b"one"
+        assert back_end.list(directory) == [Entry("COMMIT", False)]
+
+
 def test_modified_is_a_time(back_end: BackEnd, directory: tuple[str, ...]) -> None:
     back_end.write((*directory, "file"), b"x")
     assert back_end.open((*directory, "file")).modified >= 0.0

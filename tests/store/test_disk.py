@@ -11,7 +11,7 @@ import pytest
 from ckptd.core.errors import CorruptionError, FormatError, NotFoundError, StoreError
 from ckptd.tiers.store.backend import Entry, OutputFile
 from ckptd.tiers.store.disk import Disk
-from ckptd.tiers.store.files import discard_file, read_file, remove_tree, write_file
+from ckptd.tiers.store.files import FileBackEnd, discard_file, read_file, remove_tree, write_file
 from ckptd.tiers.store.posix import STAGING_BYTES, PosixDisk, open_root
 from tests.simulated_disk import SimulatedDisk
 
@@ -56,6 +56,12 @@ def test_directories(disk: Disk) -> None:
     disk.unlink(("directory", "file"))
     disk.remove_directory(("directory",))
     assert disk.list_directory(()) == []
+
+
+def test_a_file_is_no_directory_that_exists(disk: Disk) -> None:
+    write_file(disk, ("name",), b"")
+    with pytest.raises(StoreError, match=r"name.*exists"):
+        FileBackEnd(disk).make_directory(("name",), exist_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import numpy as np
@@ -77,6 +79,28 @@ def test_it_is_a_checkpoint_like_any_other(stores: list[Store]) -> None:
     write(stores[0], identity(2), {})
     assert stores[0].prune(keep=1) == [NAME]
     assert {entry.name for entry in stores[0].back_end.list(())} == {checkpoint(identity(2))}
+
+
+def test_all_nodes_write_at_once(every_store: Store) -> None:
+    """Each makes the directories that are missing, and finds those that another was faster to make."""
+    if every_store.uri == "simulated":
+        pytest.skip("of one thread")
+    nodes = 6
+    given = contributions(NAME, tensors(), nodes)
+    begin = threading.Barrier(nodes, timeout=30)
+
+    def write_one(number: int) -> None:
+        store = Store(every_store.back_end, every_store.uri)
+        begin.wait()
+        writer = NodeWriter(store, NAME, JOB, f"node-{number}", number, nodes)
+        writer.write(given[number], threads=1, cancelled=lambda: False)
+
+    with ThreadPoolExecutor(nodes) as pool:
+        assert list(pool.map(write_one, range(nodes), timeout=60)) == [None] * nodes
+    joint.commit(every_store, NAME, JOB, nodes)
+    with every_store.reader(NAME) as stored:
+        assert equal(read(stored), jointly(tensors(), nodes))
+        assert stored.verify() == []
 
 
 def test_nothing_exists_before_commit_and_a_leftover_goes(stores: list[Store]) -> None:
@@ -269,3 +293,10 @@ def test_a_list_is_strict(disk: list[Store]) -> None:
     assert not NodeWriter(disk[0], NAME, JOB, "node-0", 0, 1).is_done()
     with pytest.raises(StoreError, match="left no list"):
         joint.commit(disk[0], NAME, JOB, 1)
+
+
+def test_a_list_that_would_be_too_long_is_named(disk: list[Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckptd.tiers.store.journal.MAX_ENTRY_BYTES", 100)
+    with pytest.raises(StoreError, match=r"written/w00000: \d+ bytes; at most 68"):
+        put(disk, 0)
+    assert not [name for name in files(disk[0]) if "w00000" in name]
