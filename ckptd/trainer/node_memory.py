@@ -1,15 +1,15 @@
 """A snapshot in the memory of several nodes as a tier: each rank reads the slots of its own node, and hears what the
 slots of the others hold.
 
-Owns how ranks come to know that: of every slot one rank describes table, checksums and objects to all. What it looks
-like is what `SnapshotReader` makes of all slots on one node, and on one node it is that. Where bytes are read and how
-they get to other nodes is the exchange's matter (exchange.py): this module says who can read what.
+Owns how ranks come to know that: one rank of each node tells all what is in its slots (tables, checksums, objects), of
+a slot on several nodes one of them; those of a node in one table, since they name the same tensors. What it looks like
+is what `SnapshotReader` makes of all slots on one node, and on one node it is that. Where bytes are read and how they
+get to other nodes is the exchange's matter (exchange.py): this module says who can read what.
 
 Invariants: opening raises the same error on every rank; nothing is believed that was not compared with the checksums of
 a slot by a rank of its node, and with that rank's digest by every other; a slot on several nodes holds the same on all,
-and any copy of it serves, also where another's description is damaged; what every rank has captured for itself and
-found alike is read in any slot that has it. Does not fetch slots from nodes without ranks:
-every slot is on a node of the job by now.
+and any copy of it serves, also where another is damaged; what ranks have captured each for itself and alike is read in
+any slot that has it. Does not fetch slots from nodes without ranks: every slot is on a node of the job by now.
 """
 
 from __future__ import annotations
@@ -40,26 +40,18 @@ from ckptd.tiers.arena import Slot, SnapshotReader
 from ckptd.tiers.store.runs import in_place_order, run_starts
 from ckptd.trainer.collective import Group, Message
 
-MAX_DESCRIPTION_BYTES = 2**31
-"""What all slots together may take to describe: tables, checksums and objects."""
+MAX_TOLD_BYTES = 2**31
+"""What all slots together may take to tell: tables, checksums and objects."""
 
 _NAMED = 8
 """How many ranks a message names."""
 
 
-class _Content(msgspec.Struct, array_like=True):
-    """What is in a slot, but for the bytes of tensors: a table of its chunks with checksums, its packed objects."""
-
-    table: bytes
-    objects: dict[str, bytes]
-
-
 class _Description(msgspec.Struct, array_like=True):
-    """Of the slot of `rank`: size and SHA-256 of its encoded `_Content`, or what is wrong with it."""
+    """The slot of `rank`: a digest of all that is in it but the bytes of tensors; or what is wrong with it."""
 
     rank: int
-    size: int = 0
-    sha256: str = ""
+    digest: str = ""
     captured_at: float = 0.0
     problem: str = ""
 
@@ -69,6 +61,20 @@ class _Survey(msgspec.Struct, array_like=True):
 
     held: list[int]
     described: list[_Description]
+
+
+class _Contents(msgspec.Struct, array_like=True):
+    """What is in some slots but the bytes of tensors: one table of all their chunks, the objects of each rank."""
+
+    table: bytes
+    objects: dict[int, dict[str, bytes]]
+
+
+class _Parcel(msgspec.Struct, array_like=True):
+    """Size and SHA-256 of the encoded `_Contents` that a rank tells, if it tells any."""
+
+    size: int = 0
+    sha256: str = ""
 
 
 class _Place(NamedTuple):
@@ -126,47 +132,58 @@ class NodeMemory:
         self.snapshot = snapshot
         self._node = nodes[group.rank]
         self._slots = {slot.geometry.rank: slot for slot in slots}
-        contents: dict[int, bytes] = {}
+        read: dict[int, tuple[Catalog, dict[str, bytes]]] = {}
 
         def survey() -> bytes:
             speaks = nodes.index(self._node) == group.rank
-            described = [self._described(rank, contents) for rank in sorted(self._slots)] if speaks else []
+            described = [self._described(rank, read) for rank in sorted(self._slots)] if speaks else []
             return msgspec.msgpack.encode(_Survey(sorted(self._slots), described))
 
         surveys = [msgspec.msgpack.decode(data, type=_Survey) for data in group.together(survey)]
         found = _agreed(surveys, nodes, world, self.snapshot)
-        told = _told(group, found, contents)
-        group.together(lambda: self._adopt(found, told, group))
+        contents: list[bytes] = []
+
+        def announce() -> bytes:
+            contents.append(_packed([slot.description.rank for slot in found if slot.speaker == group.rank], read))
+            return msgspec.msgpack.encode(_Parcel(len(contents[0]), hashlib.sha256(contents[0]).hexdigest()))
+
+        parcels = [msgspec.msgpack.decode(data, type=_Parcel) for data in group.together(announce)]
+        told = _told(group, parcels, contents[0])
+        group.together(lambda: self._adopt(found, parcels, told, group))
         self._captured_at = max(slot.description.captured_at for slot in found)
 
-    def _described(self, rank: int, contents: dict[int, bytes]) -> _Description:
-        """The description of one of this node's slots, whose content is kept in `contents`."""
+    def _described(self, rank: int, read: dict[int, tuple[Catalog, dict[str, bytes]]]) -> _Description:
+        """The description of one of this node's slots; what is in it goes into `read`."""
         slot = self._slots[rank]
         try:
             state = slot.state()
             if state.snapshot != self.snapshot:
                 raise CorruptionError(f"slot of rank {rank}: holds no whole {self.snapshot}")
-            content = msgspec.msgpack.encode(_Content(encode_table(slot.catalog()), slot.objects()))
+            catalog, objects = read[rank] = slot.catalog(), slot.objects()
         except CkptdError as error:
             return _Description(rank, problem=str(error))
-        contents[rank] = content
-        return _Description(rank, len(content), hashlib.sha256(content).hexdigest(), state.captured_at)
+        digest = hashlib.sha256(slot.geometry.digest.encode() + catalog.crc.tobytes())
+        digest.update(msgspec.msgpack.encode(objects))
+        return _Description(rank, digest.hexdigest(), state.captured_at)
 
-    def _adopt(self, found: Sequence[_Found], told: memoryview, group: Group) -> bytes:
+    def _adopt(self, found: Sequence[_Found], parcels: Sequence[_Parcel], told: memoryview, group: Group) -> bytes:
         """Makes one snapshot of all slots, as `SnapshotReader` does, from what was told of them."""
         catalogs: list[Catalog] = []
-        objects: list[Mapping[str, bytes]] = []
-        for slot, content in zip(found, _parts(told, [slot.description.size for slot in found]), strict=True):
-            rank = slot.description.rank
-            if hashlib.sha256(content).hexdigest() != slot.description.sha256:
-                raise CorruptionError(f"slot of rank {rank} on node {slot.node}: what was told of it arrived damaged")
+        objects: dict[int, dict[str, bytes]] = {}
+        for speaker, content in enumerate(_parts(told, [parcel.size for parcel in parcels])):
+            slots = [slot for slot in found if slot.speaker == speaker]
+            if not slots:
+                continue
+            named = f"slots of ranks {_some([slot.description.rank for slot in slots])}, told by node {slots[0].node}"
+            if hashlib.sha256(content).hexdigest() != parcels[speaker].sha256:
+                raise CorruptionError(f"{named}: what is in them arrived damaged")
             try:
-                decoded = msgspec.msgpack.decode(content, type=_Content)
+                decoded = msgspec.msgpack.decode(content, type=_Contents)
                 catalogs.append(decode_table(decoded.table))
             except (msgspec.MsgspecError, FormatError) as error:
-                raise FormatError(f"slot of rank {rank} on node {slot.node}: {error}") from None
-            objects.append(decoded.objects)
-        self._shared, own = share_objects(objects)
+                raise FormatError(f"{named}: {error}") from None
+            objects |= decoded.objects
+        self._shared, own = share_objects([objects[slot.description.rank] for slot in found])
         rows, self._own_objects = object_rows(own, writer=len(found))
         self._catalog = Catalog.merge([*share_rows(catalogs), rows])
         self._readers, self._nearer = _readers(self._catalog, catalogs, found, group)
@@ -267,9 +284,9 @@ def _check_complete(ranks: Sequence[int], world: int, snapshot: SnapshotId) -> N
     """UnrecoverableError where slots are on no node, FormatError where there are more than can be."""
     missing = sorted(set(range(world)).difference(ranks))
     if missing:
-        named = ", ".join(map(str, missing[:_NAMED])) + (" ..." if len(missing) > _NAMED else "")
         raise UnrecoverableError(
-            f"{snapshot}: slots of {len(missing)} of {world} ranks are on no node of the job: those of ranks {named}"
+            f"{snapshot}: slots of {len(missing)} of {world} ranks are on no node of the job: those of ranks "
+            f"{_some(missing)}"
         )
     if len(set(ranks)) > world:
         raise FormatError(f"{snapshot}: {world} ranks captured it; found a slot of rank {max(ranks)}")
@@ -282,7 +299,7 @@ def _one(copies: Sequence[_Found]) -> _Found:
         raise CorruptionError("; ".join(f"node {copy.node}: {copy.description.problem}" for copy in copies))
     first = whole[0]
     for copy in whole[1:]:
-        if copy.description.sha256 != first.description.sha256:
+        if copy.description.digest != first.description.digest:
             raise CorruptionError(
                 f"slot of rank {first.description.rank}: nodes {first.node} and {copy.node} hold different ones"
             )
@@ -299,43 +316,41 @@ def _readers(
     known: dict[tuple[int, ...], int] = {}
     nearer: dict[int, _Place] = {}
     for key, alike in holders(catalogs).items():
-        rows = np.arange(len(catalog))[catalog.rows(key).start : catalog.rows(key).stop]
+        rows = np.array(catalog.rows(key))
         rows = rows[catalog.rank[rows] == ALL_RANKS]
-        ranks = tuple(sorted({reader for position, _ in alike for reader in found[position].readers}))
+        slots = [found[catalogs[position].writer[own[0]]] for position, own in alike]
+        ranks = tuple(sorted({reader for slot in slots for reader in slot.readers}))
         place[rows] = known.setdefault(ranks, len(sets) + len(known))
-        if group.rank in sets[catalog.writer[rows[0]]]:
-            continue
-        for position, own in alike:
-            held = catalogs[position]
-            if group.rank in found[position].readers:
-                for row, there in zip(rows.tolist(), own.tolist(), strict=True):
-                    nearer[row] = _Place(position, int(held.file[there]), int(held.file_offset[there]))
-                break
+        if group.rank in ranks and group.rank not in sets[catalog.writer[rows[0]]]:
+            position, own = next(held for held, slot in zip(alike, slots, strict=True) if group.rank in slot.readers)
+            near = catalogs[position]
+            columns = (column[own].tolist() for column in (near.writer, near.file, near.file_offset))
+            nearer |= dict(zip(rows.tolist(), map(_Place, *columns), strict=True))
     return Readers(place, [*sets, *known]), nearer
 
 
-def _told(group: Group, found: Sequence[_Found], contents: Mapping[int, bytes]) -> memoryview:
-    """The contents of all slots, by rank, one after the other: each is sent to rank 0, which tells all."""
-    sizes = [slot.description.size for slot in found]
-    if sum(sizes) > MAX_DESCRIPTION_BYTES:
-        raise FormatError(
-            f"the tables and objects of {len(found)} slots are {sum(sizes)} bytes; expected at most "
-            f"{MAX_DESCRIPTION_BYTES}"
-        )
-    sent, received = [], []
-    whole = memoryview(bytearray(sum(sizes) if group.rank == 0 else 0))
-    places = _parts(whole, sizes)
-    for slot in found:
-        rank = slot.description.rank
-        if group.rank == 0:
-            place = next(places)
-            if slot.speaker == 0:
-                place[:] = contents[rank]
-            else:
-                received.append(Message(slot.speaker, rank, place))
-        elif slot.speaker == group.rank:
-            sent.append(Message(0, rank, memoryview(bytearray(contents[rank]))))
+def _packed(ranks: Sequence[int], read: Mapping[int, tuple[Catalog, dict[str, bytes]]]) -> bytes:
+    """The encoded contents of the slots of these ranks; of none, nothing."""
+    if not ranks:
+        return b""
+    table = encode_table(Catalog.merge([read[rank][0] for rank in ranks]))
+    return msgspec.msgpack.encode(_Contents(table, {rank: read[rank][1] for rank in ranks}))
 
+
+def _told(group: Group, parcels: Sequence[_Parcel], mine: bytes) -> memoryview:
+    """The contents of all slots, by who tells them, one after the other: each is sent to rank 0, which tells all."""
+    sizes = [parcel.size for parcel in parcels]
+    if sum(sizes) > MAX_TOLD_BYTES:
+        raise FormatError(f"tables and objects of all slots are {sum(sizes)} bytes; expected at most {MAX_TOLD_BYTES}")
+    whole = memoryview(bytearray(sum(sizes) if group.rank == 0 else 0))
+    sent: list[Message] = []
+    received: list[Message] = []
+    if group.rank == 0:
+        whole[: len(mine)] = mine
+        places = enumerate(_parts(whole, sizes))
+        received = [Message(rank, rank, place) for rank, place in places if rank and len(place)]
+    elif mine:
+        sent = [Message(0, group.rank, memoryview(bytearray(mine)))]
     lost: DeadlineError | None = None
     try:
         group.swap(sent, received)
@@ -343,6 +358,10 @@ def _told(group: Group, found: Sequence[_Found], contents: Mapping[int, bytes]) 
         lost = error
     group.agree(lost).result()
     return memoryview(group.from_first(lambda: bytes(whole)))
+
+
+def _some(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:_NAMED])) + (" ..." if len(ranks) > _NAMED else "")
 
 
 def _parts(data: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:

@@ -322,14 +322,18 @@ def same_as_on_one_node(former: list[Former], nodes: Nodes) -> list[str]:
     one = SnapshotReader(SNAPSHOT, slots_here(former, everywhere))
     ours, theirs = origin.catalog(), one.catalog()
     columns = [field.name for field in dataclasses.fields(ours) if field.name != "tensors"]
-    differing = [name for name in columns if not np.array_equal(getattr(ours, name), getattr(theirs, name))]
+    orders = [np.lexsort((c.file_offset, c.file, c.writer, c.tensor)) for c in (ours, theirs)]
+    differing = [
+        name for name in columns if not np.array_equal(getattr(ours, name)[orders[0]], getattr(theirs, name)[orders[1]])
+    ]
     differing += ["tensors"] * (ours.tensors != theirs.tensors) + ["objects"] * (origin.objects() != one.objects())
     differing += ["captured_at"] * (origin.captured_at != one.captured_at)
-    for row in np.flatnonzero(ours.file == 1).tolist():
-        parts = [bytearray(int(ours.raw[row])) for _ in range(2)]
-        for reader, part in zip((origin, one), parts, strict=True):
-            reader.read(row, memoryview(part))
-        differing += ["rows of objects"] * (parts[0] != parts[1])
+    for row, same in zip(orders[0].tolist(), orders[1].tolist(), strict=True):
+        if ours.file[row] == 1:
+            parts = [bytearray(int(ours.raw[row])) for _ in range(2)]
+            origin.read(row, memoryview(parts[0]))
+            one.read(same, memoryview(parts[1]))
+            differing += ["rows of objects"] * (parts[0] != parts[1])
     origin.close()
     one.close()
     return differing
@@ -401,11 +405,11 @@ def changed_on_the_way(what: str, former: list[Former], nodes: Nodes) -> Failure
 
 
 def too_much_to_tell(former: list[Former], nodes: Nodes) -> Failure:
-    limit, node_memory.MAX_DESCRIPTION_BYTES = node_memory.MAX_DESCRIPTION_BYTES, 1000
+    limit, node_memory.MAX_TOLD_BYTES = node_memory.MAX_TOLD_BYTES, 1000
     try:
         return touched("replicated", former, nodes)
     finally:
-        node_memory.MAX_DESCRIPTION_BYTES = limit
+        node_memory.MAX_TOLD_BYTES = limit
 
 
 def replicated_bytes(former: list[Former]) -> int:
