@@ -19,6 +19,7 @@ from ckptd.plan.share import (
     OBJECTS_FILE,
     Newcomer,
     Read,
+    holders,
     known_alone,
     object_rows,
     objects_for,
@@ -162,6 +163,28 @@ def test_every_rank_is_served_its_own_tensor(values: list[dict[str, bytes]]) -> 
             plan = plan_load(merged, [Want(key, "uint8", (2,), Box.whole((2,)))], rank=rank)
             assert merged.crc[plan.row].tolist() == [crc32c(value)]
             plan_load(merged, [Want(key, "uint8", (2,), Box.whole((2,)))], rank=ALL_RANKS)
+
+
+@given(
+    st.lists(st.dictionaries(st.sampled_from("abc"), st.sampled_from([b"xx", b"yy"])), min_size=1, max_size=6),
+    st.integers(1, 3),
+)
+def test_whoever_holds_what_is_shared_is_known(values: list[dict[str, bytes]], ranks_of_a_node: int) -> None:
+    """With all ranks of a node in one catalog: every rank whose value is that of the lowest one that has the key."""
+    ranks = per_rank_catalogs(values)
+    nodes = [Catalog.merge(ranks[i : i + ranks_of_a_node]) for i in range(0, len(ranks), ranks_of_a_node)]
+    merged = Catalog.merge(share_rows(nodes))
+    found = holders(nodes)
+    assert found.keys() == {key for held in values for key in held}
+    for key, alike in found.items():
+        lowest = next(held[key] for held in values if key in held)
+        shared = [row for row in merged.rows(key) if merged.rank[row] == ALL_RANKS]
+        assert [int(nodes[position].rank[rows[0]]) for position, rows in alike] == [
+            rank for rank, held in enumerate(values) if held.get(key) == lowest
+        ]
+        for position, rows in alike:
+            assert nodes[position].crc[rows].tolist() == merged.crc[shared].tolist()
+            assert nodes[position].offsets[rows].tolist() == merged.offsets[shared].tolist()
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), st.sampled_from([b"xx", b"yy"])), min_size=1, max_size=6))
