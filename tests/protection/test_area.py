@@ -11,10 +11,11 @@ from ckptd.core.errors import CorruptionError, DaemonError, FormatError
 from ckptd.core.native import crc32c
 from ckptd.core.types import SnapshotId
 from ckptd.plan.stripe import PIECE_BYTES, Group, Striping
-from ckptd.tiers.peers import Cancellation
+from ckptd.tiers.peers import Cancellation, Throttle
 from ckptd.tiers.peers.wire import BATCH_BYTES
 from ckptd.tiers.protection.area import AreaState, ParityArea, halves, parity_lengths
-from tests.peers.nodes import random_bytes
+from ckptd.tiers.protection.work import turns
+from tests.peers.nodes import in_thread, random_bytes
 from tests.protection.group import SNAPSHOT
 
 SIZES = (3 * PIECE_BYTES + 5, 9, 2 * PIECE_BYTES, PIECE_BYTES + 1)
@@ -139,13 +140,18 @@ def test_damage_is_found_before_it_is_given_away() -> None:
     area.close()
 
 
-def test_a_check_can_be_cancelled() -> None:
+def test_a_check_yields_to_the_job_and_can_be_cancelled() -> None:
     area = ParityArea.create(STRIPING.parity_bytes)
     fill(area)
-    cancellation = Cancellation()
+    cancellation, throttle = Cancellation(), Throttle()
+    area.check(turns(throttle, cancellation, "it"))
+    throttle.pause()
+    end = in_thread(lambda: area.check(turns(throttle, cancellation, "it")))
     cancellation.cancel()
-    with pytest.raises(DaemonError, match="cancelled"):
-        area.check(cancellation)
+    assert isinstance(end(), DaemonError)
+    throttle.resume()
+    with pytest.raises(DaemonError, match="it: cancelled"):
+        area.check(turns(throttle, cancellation, "it"))
     area.close()
 
 

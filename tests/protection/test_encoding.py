@@ -182,7 +182,7 @@ def test_shares_that_are_not_to_be_had_are_given_up_by_name() -> None:
 
 def test_a_member_may_begin_again_when_others_have_finished() -> None:
     """Its daemon was killed: the shares that had gone are made again, the others do nothing, nobody is waited for."""
-    with protected(2, 2, [5 * ROW_BYTES] * 4) as cluster:
+    with protected(2, 2, [6 * ROW_BYTES - MIB] * 4) as cluster:
         member = cluster.members[3]
         assert member.area is not None
         member.area.begin()
@@ -253,7 +253,7 @@ def test_bytes_that_arrive_wrong_are_asked_for_again_or_refused(wrong: int) -> N
 
 def test_a_member_that_dies_in_the_middle_ends_the_others() -> None:
     """By name and within a deadline; nobody has a parity that is not whole."""
-    with Cluster(2, 2, [3 * ROW_BYTES * 2] * 4, patience_s=1, deadline_s=3) as cluster:
+    with Cluster(2, 2, [4 * ROW_BYTES] * 4, patience_s=1, deadline_s=3) as cluster:
         cluster.seal()
         victim = cluster.members[2]
         victim.protector.withdraw(SNAPSHOT, "data")

@@ -97,7 +97,7 @@ def test_a_degraded_read_takes_only_what_it_needs() -> None:
 
 
 def test_rebuilding_takes_bounded_memory() -> None:
-    with protected(2, 2, [6 * ROW_BYTES] * 4) as cluster:
+    with protected(2, 2, [4 * ROW_BYTES] * 4) as cluster:
         for member in cluster.members:
             member.protector.buffers.most_used = 0
         cluster.check_rebuild(0, 0, cluster.holders({0, 1}))
@@ -184,7 +184,7 @@ def test_a_parity_of_other_strings_is_not_believed() -> None:
 @pytest.mark.parametrize("lost", [{0}, {0, 3}])
 def test_a_source_that_dies_in_the_middle_is_replaced(lost: Collection[int]) -> None:
     """While at least k are left; else it is refused, with what happened on the way."""
-    with protected(2, 2, [6 * ROW_BYTES] * 4, deadline_s=2) as cluster:
+    with protected(2, 2, [4 * ROW_BYTES] * 4, deadline_s=2) as cluster:
         victim = cluster.members[1]
         victim.protector.withdraw(SNAPSHOT, "data")
         held = Scripted(string(cluster, 1), hold_at=ROW_BYTES)

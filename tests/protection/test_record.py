@@ -35,6 +35,10 @@ def slots() -> Iterator[list[Slot]]:
         slot.close()
 
 
+def nothing() -> None:
+    """Nobody to yield to."""
+
+
 def flip(slot: Slot, offset: int) -> None:
     found = os.pread(slot.descriptor, 1, offset)
     os.pwrite(slot.descriptor, bytes([found[0] ^ 4]), offset)
@@ -52,7 +56,7 @@ def test_a_record_says_what_the_string_is(slots: list[Slot]) -> None:
     assert record.size == len(string)
     assert record.crc.tolist() == [crc32c(string[at : at + PIECE_BYTES]) for at in range(0, len(string), PIECE_BYTES)]
     assert SealRecord.decode(record.encode()) == record
-    assert damaged_pieces(slots, record) == []
+    assert damaged_pieces(slots, record, nothing) == []
 
 
 def test_slots_are_made_again_from_a_record_and_the_bytes(slots: list[Slot]) -> None:
@@ -147,8 +151,8 @@ def test_bytes_that_changed_since_the_record_are_found(slots: list[Slot]) -> Non
     record = describe(SNAPSHOT, slots)
     base = slots[1].geometry.size + slots[2].geometry.size
     flip(slots[0], SIZE)
-    assert damaged_pieces(slots, record) == [(base + SIZE) // PIECE_BYTES]
-    assert damaged_pieces(slots[1:], record) == list(range(len(record.crc)))
+    assert damaged_pieces(slots, record, nothing) == [(base + SIZE) // PIECE_BYTES]
+    assert damaged_pieces(slots[1:], record, nothing) == list(range(len(record.crc)))
 
 
 def test_a_description_can_be_cancelled(slots: list[Slot]) -> None:

@@ -14,7 +14,7 @@ read at a time: a holder sees damage before it gives it away.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
@@ -26,9 +26,8 @@ from ckptd.core.types import SnapshotId
 from ckptd.plan.stripe import Group, Striping
 from ckptd.tiers.arena import PAGE, aligned, read_record, write_record
 from ckptd.tiers.memory import is_sealed, sealed_memory
-from ckptd.tiers.peers import Cancellation, DescriptorSource, Extent, Fragments
+from ckptd.tiers.peers import DescriptorSource, Extent, Fragments
 from ckptd.tiers.peers.wire import BATCH_BYTES, MOST_STRING_BYTES
-from ckptd.tiers.protection.work import stop_if
 
 _GEOMETRY, _STATE = b"CKPTPGE1", b"CKPTPST1"
 _STATE_BYTES = 8 * PAGE
@@ -175,13 +174,13 @@ class ParityArea:
             first += len(crc)
         return made
 
-    def check(self, cancellation: Cancellation | None = None) -> None:
-        """Raises CorruptionError where parities or checksums are damaged."""
+    def check(self, turn: Callable[[], None] = lambda: None) -> None:
+        """Raises CorruptionError where parities or checksums are damaged. `turn` is called often."""
         copy = bytearray(BATCH_BYTES)
         for parity, source in enumerate(self.sources()):
             try:
                 for start in range(0, source.size, BATCH_BYTES):
-                    stop_if(cancellation, f"checking parity {parity}")
+                    turn()
                     source.read(start, memoryview(copy)[: min(BATCH_BYTES, source.size - start)])
             except CorruptionError as error:
                 raise CorruptionError(f"parity {parity} of {self._state().snapshot}: {error}") from None

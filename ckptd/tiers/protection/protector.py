@@ -24,7 +24,7 @@ from ckptd.tiers.protection.encoding import Encoding
 from ckptd.tiers.protection.group import Fetcher, Holders, SealedGroup
 from ckptd.tiers.protection.reading import Reading
 from ckptd.tiers.protection.record import SealRecord, damaged_pieces, describe
-from ckptd.tiers.protection.work import Buffers
+from ckptd.tiers.protection.work import Buffers, turns
 
 PATIENCE_S = 30.0
 """How long a member that does not answer is asked for its shares, and one that does not ask is waited for."""
@@ -147,7 +147,8 @@ class Protector:
         self, snapshot: SnapshotId, slots: Sequence[Slot], record: SealRecord, cancellation: Cancellation | None = None
     ) -> None:
         """Raises CorruptionError where a string is not what its seal record says."""
-        wrong = damaged_pieces(slots, record, cancellation)
+        turn = turns(self._throttle, cancellation, f"verifying the string of {snapshot}")
+        wrong = damaged_pieces(slots, record, turn)
         if wrong:
             raise CorruptionError(
                 f"{snapshot}: {len(wrong)} of {len(record.crc)} pieces of {PIECE_BYTES} bytes differ from the seal "
@@ -156,7 +157,7 @@ class Protector:
 
     def verify_parity(self, area: ParityArea, cancellation: Cancellation | None = None) -> None:
         """Raises CorruptionError where an area is not what its checksums say."""
-        area.check(cancellation)
+        area.check(turns(self._throttle, cancellation, "verifying a parity"))
 
     def _reading(self, sealed: SealedGroup, number: int, holders: Holders) -> Reading:
         return Reading(sealed, number, holders, self._fetcher, self.buffers, self._throttle)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 import msgspec
@@ -165,9 +165,8 @@ def describe(snapshot: SnapshotId, slots: Sequence[Slot], cancellation: Cancella
         parts.append(SlotRecord(slot.geometry.rank, slot.geometry.digest, slot.geometry.size, region))
     chunks = list(_chunks(memories, len(slots)))
     size = sum(memory.geometry.size for memory in memories)
-    cuts, crc = _checksums(
-        string_of(slots), [at for chunk in chunks for at in (chunk.starts, chunk.stops)], size, cancellation
-    )
+    bounds = [at for chunk in chunks for at in (chunk.starts, chunk.stops)]
+    cuts, crc = _checksums(string_of(slots), bounds, size, lambda: stop_if(cancellation, f"describing {snapshot}"))
     for chunk in chunks:
         chunk.check(cuts, crc)
     return SealRecord(
@@ -177,12 +176,13 @@ def describe(snapshot: SnapshotId, slots: Sequence[Slot], cancellation: Cancella
     )
 
 
-def damaged_pieces(slots: Sequence[Slot], record: SealRecord, cancellation: Cancellation | None = None) -> list[int]:
-    """The pieces of a string that differ from its record. All are, where the memory has another size."""
+def damaged_pieces(slots: Sequence[Slot], record: SealRecord, turn: Callable[[], None]) -> list[int]:
+    """The pieces of a string that differ from its record. All are, where the memory has another size. `turn` is called
+    often."""
     extents = string_of(slots)
     if sum(extent.size for extent in extents) != record.size:
         return list(range(len(record.crc)))
-    _, crc = _checksums(extents, [], record.size, cancellation)
+    _, crc = _checksums(extents, [], record.size, turn)
     return np.flatnonzero(crc != record.crc).tolist()
 
 
@@ -234,7 +234,7 @@ def _grid(size: int) -> tuple[Ints, Ints]:
 
 
 def _checksums(
-    extents: Sequence[Extent], cuts: Sequence[Ints], size: int, cancellation: Cancellation | None
+    extents: Sequence[Extent], cuts: Sequence[Ints], size: int, turn: Callable[[], None]
 ) -> tuple[Ints, Checksums]:
     """The string cut at these offsets and at all boundaries of pieces, and the CRC-32C of each fragment."""
     offsets = np.unique(np.concatenate([np.array([0, size], np.int64), _grid(size)[0], *cuts]))
@@ -244,7 +244,7 @@ def _checksums(
     fragment = 0
     try:
         for start in range(0, size, READ_BYTES):
-            stop_if(cancellation, f"reading a string of {size} bytes")
+            turn()
             copy = memoryview(block)[: min(READ_BYTES, size - start)]
             string.copy(start, copy)
             done = 0

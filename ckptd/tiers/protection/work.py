@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from ckptd.core.errors import DaemonError
 from ckptd.plan.stripe import PIECE_BYTES, ROW_PIECES
-from ckptd.tiers.peers import Cancellation
+from ckptd.tiers.peers import Cancellation, Throttle
 
 ROW_BYTES = ROW_PIECES * PIECE_BYTES
 WORKERS = 2
@@ -28,6 +29,23 @@ def stop_if(cancellation: Cancellation | None, what: str) -> None:
     """Raises DaemonError if it is cancelled."""
     if cancellation is not None and cancellation.cancelled:
         raise DaemonError(f"{what}: cancelled")
+
+
+def turns(throttle: Throttle, cancellation: Cancellation | None, what: str) -> Callable[[], None]:
+    """What work in this thread calls again and again to yield to the job: it accounts for the CPU time since, and waits
+    as pulls do. Raises DaemonError if it is cancelled."""
+    stop = cancellation or Cancellation()
+    since = time.thread_time()
+
+    def turn() -> None:
+        nonlocal since
+        throttle.spent(time.thread_time() - since)
+        with stop.stopping(throttle.wake):
+            throttle.admit(0, lambda: stop.cancelled)
+        stop_if(stop, what)
+        since = time.thread_time()
+
+    return turn
 
 
 def pause(cancellation: Cancellation, seconds: float) -> None:
