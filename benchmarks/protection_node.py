@@ -155,9 +155,10 @@ class OurNode:
         self.group = group
         self.servers: list[PeerServer] = []
         self.protectors = [self._protector([announced[tls] for announced in everyone], tls) for tls in (False, True)]
+        record = self.protectors[0].describe(SNAPSHOT, [self.slot])
         for protector in self.protectors:
-            protector.give_string(SNAPSHOT, [self.slot])
-        return self.protectors[0].describe(SNAPSHOT, [self.slot])
+            protector.give_string(SNAPSHOT, [self.slot], record)
+        return record
 
     def _protector(self, members: list[Announcement], tls: bool) -> Protector:
         sources, throttle = Sources(), Throttle()

@@ -151,7 +151,7 @@ class Cluster:
         for member in self.members:
             record = member.protector.describe(SNAPSHOT, member.slots)
             self.records[member.number] = SealRecord.decode(record.encode())
-            member.protector.give_string(SNAPSHOT, member.slots)
+            member.protector.give_string(SNAPSHOT, member.slots, record)
         for member in self.members:
             member.area = ParityArea.create(self.sealed.striping.parity_bytes)
         return self.sealed

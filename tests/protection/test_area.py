@@ -12,8 +12,7 @@ from ckptd.core.native import crc32c
 from ckptd.core.types import SnapshotId
 from ckptd.plan.stripe import PIECE_BYTES, Group, Striping
 from ckptd.tiers.peers import Cancellation, Throttle
-from ckptd.tiers.peers.wire import BATCH_BYTES
-from ckptd.tiers.protection.area import AreaState, ParityArea, halves, parity_lengths
+from ckptd.tiers.protection.area import AreaState, ParityArea, parity_lengths, pieces_of
 from ckptd.tiers.protection.work import turns
 from tests.peers.nodes import in_thread, random_bytes
 from tests.protection.group import SNAPSHOT
@@ -30,7 +29,7 @@ def fill(area: ParityArea, snapshot: SnapshotId = SNAPSHOT, seed: int = 0) -> li
     for t, part in enumerate(parts):
         area.write(t * STRIPING.segment_bytes, part.data)
     sums = [
-        np.array([crc32c(part[at : at + BATCH_BYTES]) for at in range(0, len(part), BATCH_BYTES)], np.uint32)
+        np.array([crc32c(part[at : at + PIECE_BYTES]) for at in range(0, len(part), PIECE_BYTES)], np.uint32)
         for part in parts
     ]
     area.commit(snapshot, STRIPING, MEMBER, sums)
@@ -96,7 +95,7 @@ def test_whatever_is_torn_is_nothing(step: int) -> None:
     if step >= 4:
         state_start = _place_of_new_state(area)
         raw = os.pread(full.descriptor, os.fstat(full.descriptor).st_size, 0)
-        table = raw[17 * 4096 :][: 4 * sum(map(halves, parity_lengths(STRIPING, MEMBER)))]
+        table = raw[17 * 4096 :][: 4 * sum(map(pieces_of, parity_lengths(STRIPING, MEMBER)))]
         os.pwrite(area.descriptor, table, 17 * 4096)
         if step >= 5:
             os.pwrite(area.descriptor, b"CKPTPST1" + bytes(50), state_start)
@@ -129,7 +128,7 @@ def test_damage_is_found_before_it_is_given_away() -> None:
     with pytest.raises(CorruptionError, match=rf"parity 1 of step 40 .*{lengths[1]}\): CRC32C"):
         area.check()
     source = area.sources()[1]
-    last = (halves(lengths[1]) - 1) * BATCH_BYTES
+    last = (pieces_of(lengths[1]) - 1) * PIECE_BYTES
     with pytest.raises(CorruptionError):
         source.read(last, memoryview(bytearray(lengths[1] - last)))
     os.pwrite(area.descriptor, b"?", 17 * 4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from ckptd.core.errors import CorruptionError, DaemonError, DeadlineError, NotFoundError
 from ckptd.core.types import SnapshotId
 from ckptd.plan.stripe import PIECE_BYTES
-from ckptd.tiers.peers import Cancellation
+from ckptd.tiers.peers import Cancellation, DescriptorSource, string_of
 from ckptd.tiers.protection import AreaState, ParityArea, SealedGroup
 from ckptd.tiers.protection.shares import STAGED_ROWS
 from ckptd.tiers.protection.work import ROW_BYTES, WORKERS
@@ -212,17 +213,27 @@ def errors_of(cluster: Cluster) -> list[BaseException | None]:
     return [end() for end in [start_encoding(cluster, member) for member in cluster.members]]
 
 
-def test_memory_that_changed_after_its_record_goes_into_no_parity() -> None:
-    """The transfer's checksum is of the damaged bytes: only the seal record knows."""
+@pytest.mark.parametrize("knows", [True, False])
+def test_memory_that_changed_after_its_record_goes_into_no_parity(knows: bool) -> None:
+    """Also where who gives it away takes the checksum of the damaged bytes: the seal record tells."""
     with Cluster(2, 1, [20 * MIB] * 3, patience_s=1) as cluster:
         cluster.seal()
         flip(cluster.members[1], 5 * PIECE_BYTES - 1)
+        if not knows:
+            cluster.members[1].protector.withdraw(SNAPSHOT, "data")
+            cluster.members[1].node.sources.register(
+                SNAPSHOT, "string", DescriptorSource(string_of(cluster.members[1].slots))
+            )
         errors = errors_of(cluster)
         told = [error for error in errors if error is not None]
         assert len(told) == 1
         assert isinstance(told[0], CorruptionError)
-        assert "node n1: string 1 of step 40" in str(told[0])
-        assert "piece 4" in str(told[0])
+        assert re.search(
+            r"node n1 at .* string of step 40 .* bytes at 16777216: .* wrong twice"
+            if knows
+            else r"node n1: string 1 of step 40 .*, piece 4: CRC32C .*, its seal record says",
+            str(told[0]),
+        )
         failed = cluster.members[errors.index(told[0])]
         assert failed.area is not None
         assert failed.area.state() == AreaState()
@@ -322,7 +333,7 @@ def test_two_snapshots_at_once() -> None:
         sealed = SealedGroup(later, cluster.group, records)
         areas = [ParityArea.create(sealed.striping.parity_bytes) for _ in range(4)]
         for n in range(4):
-            members[n].protector.give_string(later, slots[n])
+            members[n].protector.give_string(later, slots[n], records[n])
 
         def encode(n: int) -> None:
             members[n].protector.encode(sealed, n, areas[n])
@@ -348,6 +359,6 @@ def test_a_new_daemon_gives_what_its_predecessor_left() -> None:
         left = ParityArea.open(os.dup(member.area.descriptor))
         member.protector.close()
         member.protector.give_parity(left)
-        member.protector.give_string(SNAPSHOT, member.slots)
+        member.protector.give_string(SNAPSHOT, member.slots, cluster.records[0])
         left.close()
         cluster.check_rebuild(1, 1, cluster.holders({1}))

@@ -15,7 +15,7 @@ from ckptd.core.types import SnapshotId
 from ckptd.plan.stripe import PIECE_BYTES
 from ckptd.tiers.peers import Cancellation
 from ckptd.tiers.protection import Holders, SealedGroup
-from ckptd.tiers.protection.area import halves
+from ckptd.tiers.protection.area import pieces_of
 from ckptd.tiers.protection.work import ROW_BYTES, WORKERS
 from tests.peers.nodes import WAIT_S, Scripted, in_thread
 from tests.protection.group import SNAPSHOT, Cluster, images, protected
@@ -112,7 +112,7 @@ def flip(descriptor: int, place: int) -> None:
 
 
 def test_corrupt_pieces_are_avoided_where_they_are() -> None:
-    """A piece of a string here, a half of a parity there: with two parities each is replaced by another source, though
+    """A piece of a string here, a piece of a parity there: with two parities each is replaced by another source, though
     no source is whole."""
     with protected(2, 2, [60 * MIB] * 4) as cluster:
         for number in (1, 2, 3):
@@ -144,7 +144,8 @@ def test_too_much_corruption_says_where() -> None:
     with protected(2, 1, [20 * MIB] * 3) as cluster:
         flip(cluster.members[1].slots[0].descriptor, 13 * MIB)
         with pytest.raises(
-            UnrecoverableError, match=r"are lost, 1 of its positions.*node n1: string 1 of step 40.*piece 3"
+            UnrecoverableError,
+            match=r"are lost, 1 of its positions.*n1: node n1 at .*string of step 40.* at 12582912: .*twice",
         ):
             cluster.members[0].protector.rebuild(cluster.sealed, 0, cluster.holders({0}))
 
@@ -170,7 +171,10 @@ def test_a_parity_of_other_strings_is_not_believed() -> None:
         zeros = np.zeros(area.parity_bytes, np.uint8)
         area.write(0, zeros.data)
         sums = [
-            np.array([crc32c(zeros[: min(2 * MIB, length - at * 2 * MIB)]) for at in range(halves(length))], np.uint32)
+            np.array(
+                [crc32c(zeros[: min(PIECE_BYTES, length - at * PIECE_BYTES)]) for at in range(pieces_of(length))],
+                np.uint32,
+            )
             for length in lengths
         ]
         cluster.members[1].protector.withdraw(SNAPSHOT, "parity")
@@ -249,7 +253,7 @@ def test_slots_of_another_snapshot_are_not_opened() -> None:
     """The bytes are those of the record, but it was asked for as another one."""
     with protected(1, 1, [MIB, MIB]) as cluster:
         later = SnapshotId(SNAPSHOT.epoch, 41)
-        cluster.members[0].protector.give_string(later, cluster.members[0].slots)
+        cluster.members[0].protector.give_string(later, cluster.members[0].slots, cluster.records[0])
         sealed = SealedGroup(later, cluster.group, cluster.records)
         with pytest.raises(CorruptionError, match="what was rebuilt of step 41"):
             cluster.members[1].protector.rebuild(sealed, 0, Holders({0: ["n0"]}, {}))

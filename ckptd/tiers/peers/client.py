@@ -2,7 +2,7 @@
 
 Invariants:
 - Every call has a deadline. What waits before a call (the throttle) does not count.
-- A batch (half a piece) is copied into the caller's buffer and its checksum taken of what arrived, in one pass. A wrong
+- A batch (a piece) is copied into the caller's buffer and its checksum taken of what arrived, in one pass. A wrong
   one is asked for once more; then CorruptionError. After any error the contents of the buffer are undefined.
 - At most `streams` pulls at once, each on a connection of its own, and of each at most about two batches in memory.
   Messages have a connection for themselves.

@@ -53,6 +53,17 @@ class Fragments:
         if len(self.offsets) != len(self.crc) + 1 or self.offsets[0] != 0 or np.any(np.diff(self.offsets) <= 0):
             raise FormatError("fragments: expected ascending offsets from 0, one more than checksums")
 
+    def known(self, offset: int, size: int) -> int | None:
+        """The CRC-32C that a range should have, where it is one fragment."""
+        fragment = int(np.searchsorted(self.offsets, offset))
+        if (
+            fragment < len(self.crc)
+            and self.offsets[fragment] == offset
+            and self.offsets[fragment + 1] == offset + size
+        ):
+            return int(self.crc[fragment])
+        return None
+
     def verify(self, offset: int, copy: memoryview) -> int:
         """The CRC-32C of a copy of the bytes from `offset` on. Raises CorruptionError where a whole fragment in it is
         not what it should be; parts of fragments at both ends cannot be judged."""
@@ -166,15 +177,17 @@ class DescriptorSource:
     def read(self, offset: int, into: memoryview) -> int:
         """As in `Source`. Also CorruptionError where the memory is shorter than the extents say."""
         self._extents.copy(offset, into)
-        return self.verify(offset, into)
+        return crc32c(into) if self._fragments is None else self._fragments.verify(offset, into)
 
     def map(self, offset: int, size: int) -> memoryview | None:
         """As in `Extents`."""
         return self._extents.map(offset, size)
 
-    def verify(self, offset: int, found: memoryview) -> int:
-        """The CRC-32C of bytes that were found at an offset. Raises CorruptionError if it is known to be another."""
-        return crc32c(found) if self._fragments is None else self._fragments.verify(offset, found)
+    def checksum(self, offset: int, mapped: memoryview) -> int:
+        """The CRC-32C that goes with bytes that `map` gave: where it is known what they should be, that. They are not
+        read here then; who receives them sees whether they are."""
+        known = None if self._fragments is None else self._fragments.known(offset, len(mapped))
+        return crc32c(mapped) if known is None else known
 
     def close(self) -> None:
         """As in `Source`."""
@@ -225,16 +238,15 @@ class Registered:
             return self._source.read(offset, into)
 
     def map(self, offset: int, size: int) -> memoryview | None:
-        """The bytes themselves where the source can show them; see `verify`."""
+        """The bytes themselves where the source can show them; see `checksum`."""
         with self._in_use():
             return self._source.map(offset, size) if isinstance(self._source, DescriptorSource) else None
 
-    def verify(self, offset: int, mapped: memoryview) -> int:
-        """The CRC-32C of bytes that `map` gave. Raises CorruptionError if it is known to be another, NotFoundError once
-        the source is withdrawn."""
+    def checksum(self, offset: int, mapped: memoryview) -> int:
+        """As in `DescriptorSource`; raises NotFoundError once it is withdrawn."""
         with self._in_use():
             assert isinstance(self._source, DescriptorSource)
-            return self._source.verify(offset, mapped)
+            return self._source.checksum(offset, mapped)
 
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """What daemons say to each other over Flight: headers, tickets, limits, and errors as the other side gets them.
 
     every call   headers: job (digest), epoch, node, token; checked before the request is looked at
-    do_get       ticket -> record batches of one uint8 column, half a piece each, its CRC-32C beside it as metadata
+    do_get       ticket -> record batches of one uint8 column, a piece each, with the CRC-32C of each as metadata
     do_action    kind and body -> one body; both bounded
 
 Invariants: decoding is strict (the bytes must be those that encoding would give) and everything in a ticket is in range
@@ -28,9 +28,9 @@ from ckptd.tiers.peers.identity import TOKEN_BYTES, Credentials
 CALL_BYTES = 4 * PIECE_BYTES
 """The most that one do_get gives. Bounds what a pause or a cancellation waits for; more does not make it faster."""
 
-BATCH_BYTES = PIECE_BYTES // 2
-"""What crosses the network at a time, with a CRC-32C: half a piece stays in the cache of a core from copy to checksum,
-which was measured to be faster than whole ones. The checksum of a piece follows from those of its halves."""
+BATCH_BYTES = PIECE_BYTES
+"""What crosses the network at a time, with a CRC-32C. A piece, so that checksums that are known of pieces can be sent
+as they are."""
 
 MOST_TICKET_BYTES = 1024
 MOST_MESSAGE_BYTES = 1024 * 1024

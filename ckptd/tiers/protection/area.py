@@ -3,12 +3,11 @@
     page 0      geometry: room for parities and for their checksums; written once
     page 1-16   two state records, written in turn: of which snapshot the parities are (none while they are made), in
                 which group, of strings of which sizes, held by which member
-    checksums   CRC-32C of each half piece of each parity, parity by parity; covered by the state record
+    checksums   CRC-32C of each piece of each parity, parity by parity; covered by the state record
     parities    parity t at t L (docs/erasure.md, section 3)
 
 Invariants: a state record names a snapshot only while all parities of it are there, checksums included, so whatever is
-torn is nothing; it is sealed against shrinking and growing. Halves of pieces have the checksums, since that is what is
-read at a time: a holder sees damage before it gives it away.
+torn is nothing; it is sealed against shrinking and growing.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ import numpy.typing as npt
 from ckptd.core.errors import CorruptionError, FormatError
 from ckptd.core.native import crc32c
 from ckptd.core.types import SnapshotId
-from ckptd.plan.stripe import Group, Striping
+from ckptd.plan.stripe import PIECE_BYTES, Group, Striping
 from ckptd.tiers.arena import PAGE, aligned, read_record, write_record
 from ckptd.tiers.memory import is_sealed, sealed_memory
 from ckptd.tiers.peers import DescriptorSource, Extent, Fragments
-from ckptd.tiers.peers.wire import BATCH_BYTES, MOST_STRING_BYTES
+from ckptd.tiers.peers.wire import MOST_STRING_BYTES
 
 _GEOMETRY, _STATE = b"CKPTPGE1", b"CKPTPST1"
 _STATE_BYTES = 8 * PAGE
@@ -63,7 +62,7 @@ class _Geometry(msgspec.Struct, frozen=True):
 
     @property
     def checksum_bytes(self) -> int:
-        return aligned(4 * -(-self.parity_bytes // BATCH_BYTES))
+        return aligned(4 * -(-self.parity_bytes // PIECE_BYTES))
 
     @property
     def size(self) -> int:
@@ -76,9 +75,9 @@ def parity_lengths(striping: Striping, member: int) -> list[int]:
     return [striping.length((place - parity) % n) for parity in range(striping.group.parity_count)]
 
 
-def halves(size: int) -> int:
+def pieces_of(size: int) -> int:
     """How many checksums so many bytes of a parity have."""
-    return -(-size // BATCH_BYTES)
+    return -(-size // PIECE_BYTES)
 
 
 class ParityArea:
@@ -142,10 +141,10 @@ class ParityArea:
             start, data = start + count, data[count:]
 
     def commit(self, snapshot: SnapshotId, striping: Striping, member: int, checksums: Sequence[Checksums]) -> None:
-        """All parities of a member are there: `checksums` has the CRC-32C of each half piece, for each parity."""
+        """All parities of a member are there: `checksums` has the CRC-32C of each piece, for each parity."""
         lengths = parity_lengths(striping, member)
-        if [len(crc) for crc in checksums] != [halves(length) for length in lengths]:
-            raise ValueError("parity area: other checksums than the parities have halves of pieces")
+        if [len(crc) for crc in checksums] != [pieces_of(length) for length in lengths]:
+            raise ValueError("parity area: other checksums than the parities have pieces")
         raw = b"".join(crc.astype("<u4").tobytes() for crc in checksums)
         os.pwrite(self.descriptor, raw, _HEADER_BYTES)
         group = striping.group
@@ -159,16 +158,16 @@ class ParityArea:
         return AreaState() if state.snapshot is None or self._checksums(state) is None else state
 
     def sources(self) -> list[DescriptorSource]:
-        """Each parity as others may read it; what is damaged is found before it is given. Raises CorruptionError if the
-        area holds nothing."""
+        """Each parity as others may read it, with the checksums that it should have. Raises CorruptionError if the area
+        holds nothing."""
         state = self._state()
         raw = None if state.snapshot is None else self._checksums(state)
         if raw is None:
             raise CorruptionError("parity area: holds no whole parity")
         striping, made, first = state.striping, [], 0
         for parity, length in enumerate(parity_lengths(striping, state.member)):
-            crc = np.frombuffer(raw, "<u4", halves(length), 4 * first)
-            offsets = np.minimum(np.arange(len(crc) + 1, dtype=np.int64) * BATCH_BYTES, length)
+            crc = np.frombuffer(raw, "<u4", pieces_of(length), 4 * first)
+            offsets = np.minimum(np.arange(len(crc) + 1, dtype=np.int64) * PIECE_BYTES, length)
             extent = Extent(self.descriptor, self._base + parity * striping.segment_bytes, length)
             made.append(DescriptorSource([extent], Fragments(offsets, crc)))
             first += len(crc)
@@ -176,12 +175,12 @@ class ParityArea:
 
     def check(self, turn: Callable[[], None] = lambda: None) -> None:
         """Raises CorruptionError where parities or checksums are damaged. `turn` is called often."""
-        copy = bytearray(BATCH_BYTES)
+        copy = bytearray(PIECE_BYTES)
         for parity, source in enumerate(self.sources()):
             try:
-                for start in range(0, source.size, BATCH_BYTES):
+                for start in range(0, source.size, PIECE_BYTES):
                     turn()
-                    source.read(start, memoryview(copy)[: min(BATCH_BYTES, source.size - start)])
+                    source.read(start, memoryview(copy)[: min(PIECE_BYTES, source.size - start)])
             except CorruptionError as error:
                 raise CorruptionError(f"parity {parity} of {self._state().snapshot}: {error}") from None
             finally:
@@ -202,7 +201,7 @@ class ParityArea:
         lengths = parity_lengths(state.striping, state.member)
         if state.striping.parity_bytes > self.parity_bytes:
             return None
-        raw = os.pread(self.descriptor, 4 * sum(map(halves, lengths)), _HEADER_BYTES)
+        raw = os.pread(self.descriptor, 4 * sum(map(pieces_of, lengths)), _HEADER_BYTES)
         return raw if crc32c(raw) == state.checksums_crc else None
 
     def _state(self) -> AreaState:

@@ -19,8 +19,7 @@ import numpy as np
 from ckptd.core.errors import CkptdError, DaemonError, DeadlineError, NotFoundError
 from ckptd.plan.stripe import PIECE_BYTES, Row, Source
 from ckptd.tiers.peers import Cancellation, Throttle
-from ckptd.tiers.peers.wire import BATCH_BYTES
-from ckptd.tiers.protection.area import Checksums, ParityArea, halves, parity_lengths
+from ckptd.tiers.protection.area import Checksums, ParityArea, parity_lengths, pieces_of
 from ckptd.tiers.protection.coding import encode
 from ckptd.tiers.protection.group import Fetcher, SealedGroup, SourceError
 from ckptd.tiers.protection.shares import Shares
@@ -47,7 +46,7 @@ class Encoding:
         self._patience_s = patience_s
         self._striping = sealed.striping
         self._lengths = parity_lengths(self._striping, number)
-        self._checksums = [np.zeros(halves(length), np.uint32) for length in self._lengths]
+        self._checksums = [np.zeros(pieces_of(length), np.uint32) for length in self._lengths]
         self._stopped = Cancellation()
         self._next = threading.Lock()
         self.shares = Shares(self._lengths[0], len(self._lengths) - 1, buffers, self._make_again, patience_s)
@@ -96,7 +95,7 @@ class Encoding:
             raise error.error from None
 
     def _put(self, parity: int, start: int, crc: Checksums) -> None:
-        first = start // BATCH_BYTES
+        first = start // PIECE_BYTES
         self._checksums[parity][first : first + len(crc)] = crc
 
     def _make_again(self, parity: int, offset: int) -> tuple[int, Bytes]:
@@ -137,7 +136,7 @@ class Encoding:
     def _pull_share(self, row: Row, parity: int, buffer: Bytes, stop: Cancellation) -> None:
         """Asks as long as the encoder answers, and for a while if it does not: it may begin later, or again."""
         encoder, index = self._names[row.encoder], row.start // ROW_BYTES
-        crc = np.zeros(halves(row.length), np.uint32)
+        crc = np.zeros(pieces_of(row.length), np.uint32)
         target = buffer[: row.length].data
         silent_since_s: float | None = None
         while True:

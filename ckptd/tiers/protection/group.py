@@ -18,8 +18,6 @@ from ckptd.core.errors import CkptdError, CorruptionError, UnrecoverableError
 from ckptd.core.types import SnapshotId
 from ckptd.plan.stripe import PIECE_BYTES, Group, Source, Striping
 from ckptd.tiers.peers import Cancellation, Peers, Pull, Sources
-from ckptd.tiers.peers.wire import BATCH_BYTES
-from ckptd.tiers.protection.coding import of_pieces
 from ckptd.tiers.protection.record import SealRecord
 from ckptd.tiers.protection.work import Bytes
 
@@ -109,8 +107,8 @@ class Fetcher:
         registered = self._sources.find(pull.snapshot, pull.what)
         registered.check(pull.offset, len(pull.into))
         assert pull.crc is not None
-        for index, start in enumerate(range(0, len(pull.into), BATCH_BYTES)):
-            pull.crc[index] = registered.read(pull.offset + start, pull.into[start : start + BATCH_BYTES])
+        for index, start in enumerate(range(0, len(pull.into), PIECE_BYTES)):
+            pull.crc[index] = registered.read(pull.offset + start, pull.into[start : start + PIECE_BYTES])
 
 
 def _place(sealed: SealedGroup, source: Source) -> tuple[int, bool]:
@@ -128,17 +126,16 @@ def _pull(sealed: SealedGroup, node: str, source: Source, buffer: Bytes) -> Pull
         what, offset = f"parity/{parity}", source.offset - parity * striping.segment_bytes
         whole = striping.length((member - parity) % n)
     size = min(-(-(offset + source.size) // PIECE_BYTES) * PIECE_BYTES, whole) - offset
-    crc = np.zeros(-(-size // BATCH_BYTES), np.uint32)
+    crc = np.zeros(-(-size // PIECE_BYTES), np.uint32)
     return Pull(node, sealed.snapshot, what, offset, buffer[:size].data, crc)
 
 
 def _judge(sealed: SealedGroup, pull: Pull, source: Source) -> None:
-    """Compares the pieces of a string with the seal record; a parity was judged by who gave it."""
+    """Compares the pieces of a string with the seal record; those of a parity came with the checksums of its area."""
     if source.position >= sealed.group.data_count:
         return
     assert pull.crc is not None
-    first = pull.offset // PIECE_BYTES
-    found = of_pieces(pull.crc, len(pull.into))
+    first, found = pull.offset // PIECE_BYTES, pull.crc
     expected = sealed.records[source.node].crc[first : first + len(found)]
     wrong = np.flatnonzero(found != expected)
     if len(wrong):

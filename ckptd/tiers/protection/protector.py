@@ -54,9 +54,9 @@ class Protector:
 
     # --- what others may read
 
-    def give_string(self, snapshot: SnapshotId, slots: Sequence[Slot]) -> None:
+    def give_string(self, snapshot: SnapshotId, slots: Sequence[Slot], record: SealRecord) -> None:
         """Others may pull this node's string."""
-        self._give(snapshot, "data", {"string": DescriptorSource(string_of(slots))})
+        self._give(snapshot, "data", {"string": DescriptorSource(string_of(slots), record.fragments)})
 
     def give_parity(self, area: ParityArea) -> None:
         """Others may pull the parities of the snapshot that an area holds. `encode` does it by itself. Raises

@@ -26,7 +26,7 @@ from ckptd.core.types import SnapshotId
 from ckptd.plan.stripe import PIECE_BYTES
 from ckptd.tiers.arena import FROZEN_FILE, MAX_SLOT_BYTES, PAGE, READ_BYTES, Slot
 from ckptd.tiers.memory import sealed_memory
-from ckptd.tiers.peers import Cancellation, Extent, Extents, memories_of, string_of
+from ckptd.tiers.peers import Cancellation, Extent, Extents, Fragments, memories_of, string_of
 from ckptd.tiers.peers.wire import MOST_STRING_BYTES
 from ckptd.tiers.protection.work import stop_if
 
@@ -62,6 +62,11 @@ class SealRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     def size(self) -> int:
         """Bytes of the string."""
         return sum(slot.size for slot in self.slots) + sum(self.regions)
+
+    @property
+    def fragments(self) -> Fragments:
+        """The pieces, for who gives the string away."""
+        return Fragments(np.append(_grid(self.size)[0], self.size), self.crc)
 
     @property
     def crc(self) -> Checksums:
