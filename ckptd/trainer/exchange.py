@@ -40,7 +40,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -54,6 +54,7 @@ from ckptd.trainer.exchange_staging import Staging
 from ckptd.trainer.loading import Filling, RunReader, packed, threads_for
 
 Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 ROOM_BYTES = 8 * 1024 * 1024
 """What one thread of a rank decodes for others in a round, so that most of it is still in cache when they copy it; a
@@ -121,7 +122,7 @@ class Exchange:
     def run(self) -> None:
         """Fills all targets."""
         with ThreadPoolExecutor(self._threads, "ckptd-load") as pool:
-            run = _Run(self._group, self._tier, self._filling, self._schedule, self._staging, pool)
+            run = _Run(self._group, self._tier, self._filling, self._schedule, self._staging, pool, self._threads)
             run.steps(np.concatenate([self._own, self._schedule.alone[self._group.rank]]))
 
     def _plan(self) -> Schedule:
@@ -170,6 +171,7 @@ class _Run:
         schedule: Schedule,
         staging: Staging,
         pool: ThreadPoolExecutor,
+        threads: int,
     ) -> None:
         self._group = group
         self._tier = tier
@@ -177,11 +179,13 @@ class _Run:
         self._schedule = schedule
         self._staging = staging
         self._pool = pool
+        self._threads = threads
         self._rank = group.rank
         self._node = schedule.nodes[group.rank]
         self._lag = int(schedule.spans_nodes)
         self._stored: dict[int, memoryview] = {}
         self._alone: list[Future[None]] = []
+        self._over = False
 
     def steps(self, alone: Ints) -> None:
         """All rounds, and the rows that this rank reads `alone`, of which a share is begun with each step."""
@@ -198,10 +202,9 @@ class _Run:
                     failure = failure or _failure(functools.partial(self._go_on, step, work))
                 finally:
                     wait(work)
-                self._alone += [
-                    self._pool.submit(self._filling.read, self._tier, run)
-                    for run in runs[step * share : (step + 1) * share]
-                ]
+                self._alone += self._spread(
+                    functools.partial(self._filling.read, self._tier), runs[step * share : (step + 1) * share]
+                )
                 if step == count - 1 and failure is None:
                     failure = _failure(lambda: _finish(self._alone))
                 agreement = self._group.agree(failure)
@@ -209,8 +212,7 @@ class _Run:
                     break
             agreement.result()
         finally:
-            for future in self._alone:
-                future.cancel()
+            self._over = True
 
     def _heard(self, agreement: Agreement, step: int) -> None:
         """All have done the step before. A rank that is lost may have told some of us and not others, and these are
@@ -227,21 +229,33 @@ class _Run:
         for unit in self._fetched(step + 1) if self._lag else self._decoded(step + 1):
             self._tier.expect(unit.rows)
         if self._lag:
-            work += [self._pool.submit(self._fetch, unit) for unit in self._fetched(step)]
+            work += self._spread(self._fetch, self._fetched(step))
         else:
-            work += [self._pool.submit(self._decode, unit, step) for unit in self._decoded(step)]
+            work += self._spread(lambda unit: self._decode(unit, step), self._decoded(step))
 
     def _go_on(self, step: int, work: list[Future[None]]) -> None:
         """The rest of it, once all have done the step before, up to its end; adds to `work` what it begins."""
         number = step - self._lag
-        work += [self._pool.submit(self._copy, unit, number - 1) for unit in self._copied(number - 1)]
+        work += self._spread(lambda unit: self._copy(unit, number - 1), self._copied(number - 1))
         if self._lag:
             self._swap(number)
-            work += [self._pool.submit(self._decode, unit, number) for unit in self._decoded(number)]
+            work += self._spread(lambda unit: self._decode(unit, number), self._decoded(number))
         _finish(work)
         _finish([future for future in self._alone if future.done()])
         for unit in self._round(number):
             self._stored.pop(unit.number, None)
+
+    def _spread(self, do: Callable[[T], None], items: Sequence[T]) -> list[Future[None]]:
+        """Begins to do it with each of the items, as many at a time as there are threads, until this run is over."""
+        remaining = iter(items)  # of a list: threads may share it
+
+        def drain() -> None:
+            for item in remaining:
+                if self._over:
+                    return
+                do(item)
+
+        return [self._pool.submit(drain) for _ in range(min(self._threads, len(items)))]
 
     # --- what this rank does of a round
 
