@@ -27,9 +27,6 @@ LAYOUTS = ((1, "none"), (2, "1+1"), (3, "2+1"), (3, "1+2"), (4, "2+2"), (4, "3+1
 MOST_STARTS = 60
 THROUGH_BYTES = 0.1
 """How many messages are encoded and decoded on their way."""
-MOST_TRIES = 1000
-LIVELY = 1.0
-"""Weight of a node at which something can happen next. Where less can, nothing happens now and then."""
 
 
 class Chance(NamedTuple):
@@ -102,7 +99,7 @@ class Simulation:
             for _ in range(self.turns):
                 self.turn()
             self._heal()
-            self._protects_again(3)
+            self._protects_again(2)
             self._last_losses()
         except BrokenPromiseError:
             raise
@@ -112,35 +109,32 @@ class Simulation:
     def turn(self) -> None:
         """One event."""
         fault = self.faults and self.random.random() < self.danger
-        chance = self._drawn(self._faults()) if fault else None
-        tries = MOST_TRIES
-        while chance is None and tries:
-            chance, tries = self._next(), tries - 1
+        chance = self._drawn(self._faults()) if fault else self._next()
         if chance is not None:
-            if self.trace is not None:
-                self.say(str(chance))
+            self.say("{}", chance)
             chance.act(*chance.arguments)
 
-    def say(self, text: str) -> None:
-        """For people."""
+    def say(self, text: str, *arguments: object) -> None:
+        """For people; put together only if one listens."""
         if self.trace is not None:
-            self.trace.append(text)
+            self.trace.append(text.format(*arguments))
 
     def _next(self) -> Chance | None:
-        """What happens next of its own accord: somewhere first, then what. None: nothing there."""
+        """What happens next of its own accord: somewhere first, then what; a message arrives where nothing else does.
+        None: nothing can happen any more."""
         if not self.launches:
             return Chance(1, self._start)
-        network = 1.0 + len(self.network) if self.network else 0.0
-        nodes = LIVELY * len(self.living)
         waiting = [start for start in self.launches.values() if start.stage != "running"]
-        place = self.random.random() * (network + nodes + len(waiting))
-        if place < network:
-            return Chance(1, self._deliver)
-        place -= network
-        if place < nodes:
-            return self._drawn(self._chances_at(self.living[int(place / LIVELY)]), LIVELY)
-        start = waiting[int(place - nodes)]
-        return self._drawn([Chance(1.0 if start.stage != start.said else 0.1, self._goes_on, (start,))], 1.0)
+        going_on = [Chance(0.1 if start.stage == start.said else 1, self._goes_on, (start,)) for start in waiting]
+        if not self.network:
+            return self._drawn(going_on + [chance for node in self.living for chance in self._chances_at(node)])
+        place = int(self.random.random() * (1 + len(self.network) + len(self.living) + len(waiting)))
+        found: Chance | None = None
+        if place < len(self.living):
+            found = self._drawn(self._chances_at(self.living[place]), 1)
+        elif place < len(self.living) + len(waiting):
+            found = self._drawn([going_on[place - len(self.living)]], 1)
+        return found or Chance(1, self._deliver)
 
     def _drawn(self, chances: list[Chance], least: float = 0.0) -> Chance | None:
         """One of them, by weight; none now and then if together they weigh less than `least`."""
@@ -187,6 +181,8 @@ class Simulation:
             Chance(0.7, self.cut.clear),
             Chance(0.5, self._slow_down, (node,)),
             Chance(1, self._kill_job),
+            Chance(0.7, self._split),
+            Chance(0.7, self._continue),
             Chance(0.7, self._damage, (node,)),
         ]
         if node.machine is None:
@@ -208,7 +204,7 @@ class Simulation:
     def send(self, source: str, target: str, message: m.BetweenDaemons) -> None:
         """A message is under way; it may be lost, arrive twice, and in any order. Of two Facts, or two Decided, a later
         one may take the place of an earlier."""
-        self.say(f"    {source} -> {target}: {message}")
+        self.say("    {} -> {}: {}", source, target, message)
         copies = 1
         if self.faults and self.random.random() < self.loss:
             copies = self.random.choice((0, 2))
@@ -229,7 +225,7 @@ class Simulation:
             return
         if self.random.random() < THROUGH_BYTES:
             message = m.decode(m.encode(message))
-        self.say(f"    {source} => {target}: {message}")
+        self.say("    {} => {}: {}", source, target, message)
         node = self.nodes.get(target)
         if node is None:
             start = self.launches.get(target)
@@ -251,7 +247,7 @@ class Simulation:
 
     def announced(self, node: Node, announce: m.Announce) -> None:
         """A daemon tells its trainers."""
-        self.say(f"    {node.arena}: {announce.snapshot} is {announce.level}")
+        self.say("    {}: {} is {}", node, announce.snapshot, announce.level)
         self.oracle.announced(node, announce)
 
     # --- training
@@ -351,7 +347,7 @@ class Simulation:
         launch = start.launch
         if start.stage == "asking" and launch.choice is not None:
             start.stage = "recording"
-            self.say(f"    {start.name}: {launch.choice}")
+            self.say("    {}: {}", start.name, launch.choice)
             self.oracle.chosen(launch.epoch, launch.choice, launch.promises.keys())
         elif start.stage == "beginning" and launch.done:
             start.stage = "running"
@@ -419,6 +415,17 @@ class Simulation:
     def _stop_or_continue(self, node: Node) -> None:
         node.stopped = not node.stopped
 
+    def _split(self) -> None:
+        """Many nodes stop, and the job with them: it goes on without them, from what the others have."""
+        for node in self.living:
+            node.stopped = node.stopped or self.random.random() < 0.5
+        self._kill_job()
+
+    def _continue(self) -> None:
+        """All that had stopped are back, and know nothing of what went on."""
+        for node in self.living:
+            node.stopped = False
+
     def _slow_down(self, node: Node) -> None:
         node.slow = not node.slow
 
@@ -479,7 +486,7 @@ class Simulation:
         assert found is not None
         for group in found.shape.groups:
             for number in self.random.sample(group, found.shape.parity):
-                self.say(f"{found.holders[number]} is lost")
+                self.say("{} is lost", found.holders[number])
                 self.nodes[found.holders[number]].lose()
         self._kill_job()
         self._protects_again(2)

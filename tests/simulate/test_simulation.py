@@ -121,13 +121,14 @@ def test_wanting_parity_from_every_survivor_is_seen(monkeypatch: pytest.MonkeyPa
         return tolerated(held) if parity == 0 or complete or all(h.parity for h in held if h.data) else None
 
     monkeypatch.setattr(epoch, "tolerated", strict)
-    breaks("was protected")
+    breaks("was protected", first=150)
 
 
 def test_keeping_only_what_is_known_to_be_protected_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The root alone knew, and is lost. Everybody else had posted Parity."""
+    """The root alone knew, and is lost. Everybody else had posted Parity. One of some thousand schedules shows it, since
+    the root must have died before as well, and named something newer when it came back."""
     monkeypatch.setattr(epoch, "may_be_protected", lambda held: False)
-    breaks("is freed", "was protected", first=400)
+    breaks("is freed", "was protected", first=1700)
 
 
 def test_freeing_on_the_own_groups_protection_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
