@@ -289,6 +289,21 @@ def test_a_root_that_starts_again_grants_nothing_below_what_was_granted() -> Non
     assert [verdict.snapshot.step for verdict in decided[-1].verdicts] == [42]
 
 
+def test_a_guest_makes_the_record_of_what_is_copied_from_it() -> None:
+    """Sealed by all, 5 was never named to be encoded, so nobody had made records of it. The next epoch restored it on
+    other nodes, which found all strings at guests and could not check one of them: with two slots, held by 4 and 5,
+    nothing was ever captured again, whatever was restarted."""
+    holdings = [Holding(SnapshotId(E1, step), 2, TRIPLE, step=step, data=True, sealed=True) for step in (4, 5)]
+    machine = MemberMachine(ClusterState("z", promised=E2, holdings=holdings))
+    members = Membership(E2, ("a", "b", "c"), ("z",), TRIPLE)
+    point = SnapshotId(E1, 5)
+    machine.handle(m.Begin(E2, members, point, 5, True, 0, {"z": 2}, SnapshotId(E1, 4)))
+    assert m.Describe(point) in machine.take()
+    machine.described(point, b"record")
+    assert machine.take() == []
+    assert holdings[1].records == {2: b"record"}
+
+
 # --- packets
 
 

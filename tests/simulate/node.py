@@ -361,11 +361,14 @@ class Node:
         return found
 
     def _rebuilt(self, snapshot: SnapshotId, holding: Holding) -> tuple[Bytes, bytes]:
+        for peer in self.peers(holding.string):  # a guest has it: copied, not decoded
+            theirs = peer.state.find(snapshot)
+            record = theirs.records.get(holding.string) if theirs is not None and theirs.data else None
+            if theirs is not None and record is not None and peer._intact(snapshot, "data", theirs):
+                return peer.data[snapshot].copy(), record
         records = self._records(snapshot, holding)
         striping = striping_of(holding.shape, holding.string, records)
-        lost = {number for number in striping.group.nodes if not self._has_both(number, snapshot)}
-        if any((h := peer.state.find(snapshot)) and h.data for peer in self.peers(holding.string)):
-            lost.discard(holding.string)  # a guest has it: copied, not decoded
+        lost = {number for number in striping.group.nodes if not self._has_both(number, snapshot)} | {holding.string}
         data = read_string(
             striping,
             holding.string,

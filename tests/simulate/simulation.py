@@ -161,8 +161,7 @@ class Simulation:
         chances.append(Chance(0.02, node.event, (MemberMachine.scrub,)))
         if node.machine.state.number == 0:
             chances.append(Chance(0.02, node.wants_flush))
-        if node.machine.state.holdings:
-            chances.append(Chance(0.002, self._deadline, (node,)))
+        chances.append(Chance(0.01, self._deadline, (node,)))
         return chances
 
     def _faults(self) -> list[Chance]:
@@ -271,7 +270,10 @@ class Simulation:
         return self.faults and self.random.random() < 0.05
 
     def _deadline(self, node: Node) -> None:
-        node.event(MemberMachine.give_up_parity, self.random.choice(node.state.holdings).snapshot)
+        """What is being encoded or rebuilt takes too long."""
+        under_way = [holding.snapshot for holding in node.state.holdings if holding.parity is None]
+        if under_way:
+            node.event(MemberMachine.give_up_parity, self.random.choice(under_way))
 
     # --- starts of the job
 

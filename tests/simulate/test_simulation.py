@@ -12,8 +12,9 @@ import pytest
 
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import SnapshotId
-from ckptd.protocol.cluster import epoch, member, messages, root
+from ckptd.protocol.cluster import epoch, member, messages
 from ckptd.protocol.cluster.facts import Entry, Held, conjunction
+from ckptd.protocol.cluster.flushing import Flushing
 from ckptd.protocol.cluster.member import MemberMachine
 from ckptd.protocol.cluster.parity import Work
 from ckptd.protocol.cluster.state import ClusterState, Holding
@@ -121,14 +122,14 @@ def test_wanting_parity_from_every_survivor_is_seen(monkeypatch: pytest.MonkeyPa
         return tolerated(held) if parity == 0 or complete or all(h.parity for h in held if h.data) else None
 
     monkeypatch.setattr(epoch, "tolerated", strict)
-    breaks("was protected", first=150)
+    breaks("was protected")
 
 
 def test_keeping_only_what_is_known_to_be_protected_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The root alone knew, and is lost. Everybody else had posted Parity. One of some thousand schedules shows it, since
-    the root must have died before as well, and named something newer when it came back."""
+    """The root alone knew, and is lost. Everybody else had posted Parity. One of some thousand schedules shows it: the
+    root must have died before as well, and named something newer when it came back."""
     monkeypatch.setattr(epoch, "may_be_protected", lambda held: False)
-    breaks("is freed", "was protected", first=1700)
+    breaks("is freed", "was protected", first=250)
 
 
 def test_freeing_on_the_own_groups_protection_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +193,7 @@ def test_taking_silence_for_no_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def forgetful(snapshot: SnapshotId, entries: list[Entry | None]) -> Entry:
         found = conjunction(snapshot, entries)
-        return Entry(snapshot, found.step, bool(found.sealed), found.parity, found.written, found.late)
+        return msgspec.structs.replace(found, sealed=bool(found.sealed))
 
     monkeypatch.setattr(member, "conjunction", forgetful)
     breaks("nothing is protected any more", "was sealed")
@@ -210,7 +211,7 @@ def test_parity_of_one_is_not_parity_of_all(monkeypatch: pytest.MonkeyPatch) -> 
     def own(snapshot: SnapshotId, entries: list[Entry | None]) -> Entry:
         found = conjunction(snapshot, entries)
         parity = None if entries[0] is None else entries[0].parity
-        return Entry(snapshot, found.step, found.sealed, parity, found.written, found.late)
+        return msgspec.structs.replace(found, parity=parity)
 
     monkeypatch.setattr(member, "conjunction", own)
     breaks("its parity is freed")
@@ -239,12 +240,15 @@ def test_encoding_over_what_is_protected_is_seen(monkeypatch: pytest.MonkeyPatch
 
 
 def test_one_more_slot_than_there_is_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ClusterState, "has_room", lambda self: True)
+    stands = MemberMachine.stands
+    monkeypatch.setattr(
+        MemberMachine, "stands", lambda self, standing: stands(self, msgspec.structs.replace(standing, room=9))
+    )
     breaks("holds more than")
 
 
 def test_a_commit_before_all_have_written_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(root.Root, "to_commit", lambda self: self.flushing)
+    monkeypatch.setattr(Flushing, "to_commit", lambda self: self.running)
     breaks("without all files")
 
 

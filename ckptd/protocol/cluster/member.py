@@ -136,9 +136,8 @@ class MemberMachine:
         """The seal record of this member's string."""
         holding = self.state.find(snapshot)
         if holding is not None and self._work.describing == snapshot and not self.state.frozen:
-            assert self.state.number is not None
             self._work.describing = None
-            holding.records[self.state.number] = record
+            holding.records[holding.string] = record
 
     def describing_failed(self, snapshot: SnapshotId, damaged: bool) -> None:
         """It cannot be done now; or the string is `damaged`, and is rebuilt where that is possible."""
@@ -307,6 +306,7 @@ class MemberMachine:
             return
         if state.number is None:
             self._free()
+            self._out += self._work.due_at_guest(state)
             if not state.holdings:
                 self._out.append(m.Leave())
             return

@@ -75,7 +75,7 @@ class Work:
                 self.rebuilding = holding.snapshot
                 yield m.Rebuild(holding.snapshot)
             wanted = holding.snapshot == named and verdict is not None and verdict.sealed and holding.parity is None
-            if wanted and self._may_describe(state, holding):
+            if wanted and self._may_describe(holding):
                 self.describing = holding.snapshot
                 yield m.Describe(holding.snapshot)
             if (wanted or holding.parity) and self._may_encode(holding):
@@ -84,6 +84,14 @@ class Work:
                 if holding.area is not None:
                     self.encoding = holding.snapshot
                     yield m.Encode(holding.snapshot, holding.area)
+
+    def due_at_guest(self, state: ClusterState) -> Iterator[m.Describe]:
+        """Who copies a string of the restore point from a guest needs its record, which is made only of what the root
+        of its epoch had named."""
+        for holding in state.holdings:
+            if holding.snapshot == state.point and self._may_describe(holding):
+                self.describing = holding.snapshot
+                yield m.Describe(holding.snapshot)
 
     def has_all_records_out(self, state: ClusterState, holding: Holding) -> bool:
         """Every other member of the group holds the seal record."""
@@ -136,9 +144,9 @@ class Work:
         failed = ("rebuild", holding.snapshot) in self._failed
         return bool(lost) and not (holding.data or holding.capturing or failed) and self.rebuilding is None
 
-    def _may_describe(self, state: ClusterState, holding: Holding) -> bool:
-        """Only what is to be encoded needs a record: making it reads the whole string."""
-        wanted = holding.shape.parity > 0 and holding.data and state.number not in holding.records
+    def _may_describe(self, holding: Holding) -> bool:
+        """Only what is to be encoded or copied needs a record: making it reads the whole string."""
+        wanted = holding.shape.parity > 0 and holding.data and holding.string not in holding.records
         return wanted and self.describing is None and ("describe", holding.snapshot) not in self._failed
 
     def _may_encode(self, holding: Holding) -> bool:
