@@ -23,7 +23,8 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a user can choose. Units are in the names; `memory` is bytes per node."""
+    """What a user can choose. Units are in the names; `memory` is bytes per node, `protection_bandwidth` bytes a second
+    that a node pulls from others."""
 
     snapshot_every: Literal["auto"] | int = "auto"
     flush_every: int | datetime.timedelta | None = 500
@@ -38,6 +39,8 @@ class Options:
     max_stall_s: float = 1.0
     grace_s: float = 25.0
     linger_s: float = 1800.0
+    protection_bandwidth: int | None = None
+    tls_dir: str | None = None
 
     @classmethod
     def resolve(cls, given: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Options:
@@ -93,6 +96,16 @@ class Options:
         require(isinstance(self.audit, bool), "audit", "True or False")
         require(self.memory == "auto" or whole(self.memory, 1), "memory", "'auto' or bytes per node")
         require(0 < self.overhead_budget <= 1, "overhead_budget", "a fraction in (0, 1]")
+        require(
+            self.protection_bandwidth is None or whole(self.protection_bandwidth, 1),
+            "protection_bandwidth",
+            "bytes a second from 1 up, or None for no limit",
+        )
+        require(
+            self.tls_dir is None or (isinstance(self.tls_dir, str) and 0 < len(self.tls_dir) <= 4096),
+            "tls_dir",
+            "a directory with ca.pem, cert.pem and key.pem, or None",
+        )
         for name in ("max_stall_s", "grace_s", "linger_s"):
             require(0 <= getattr(self, name) < 10**9, name, "seconds from 0 up")
         if wrong:
@@ -107,6 +120,8 @@ def _parse(name: str, text: str) -> Any:
             return text
         if name == "memory":
             return text if text == "auto" else parse_size(text)
+        if name == "protection_bandwidth":
+            return None if text.lower() == "none" else parse_size(text)
         if name in ("flush_every", "keep") and text.lower() in ("none", "all", "never"):
             return None
         if name == "flush_every" and not text.isdigit():

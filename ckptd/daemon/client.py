@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ckptd.core.errors as errors
@@ -33,9 +34,11 @@ def refusal(answer: m.Refuse) -> CkptdError:
     return kind(answer.message)
 
 
-def request(connection: socket.socket, message: m.Message, deadline_s: float = ANSWER_S) -> Any:
+def request(
+    connection: socket.socket, message: m.Message, deadline_s: float = ANSWER_S, descriptors: Sequence[int] = ()
+) -> Any:
     """The answer to a request; raises the error of a Refuse, DaemonError, DeadlineError."""
-    answer, _ = ask(connection, message, deadline_s)
+    answer, _ = ask(connection, message, deadline_s, descriptors)
     if isinstance(answer, m.Refuse):
         raise refusal(answer)
     return answer

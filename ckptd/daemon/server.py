@@ -16,13 +16,11 @@ import functools
 import logging
 import os
 import resource
-import secrets
 import signal
 import socket
 import struct
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -31,19 +29,18 @@ from ckptd.core.config import node_name
 from ckptd.core.errors import CkptdError, DaemonError, FormatError
 from ckptd.core.types import Epoch, Job, SnapshotId
 from ckptd.daemon.address import Address, address_of, connect, is_locked, listen, take_lock
+from ckptd.daemon.arena import Arena, close_all
 from ckptd.daemon.flush import Stores
-from ckptd.daemon.launch import start_keeper
+from ckptd.daemon.others import Others
 from ckptd.daemon.processes import Watch, identify
 from ckptd.daemon.wire import readable, receive, send
 from ckptd.observe.logging import to_stderr
 from ckptd.protocol import messages as m
 from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, WriteRecord
 from ckptd.protocol.cluster import messages as cluster
-from ckptd.protocol.cluster.state import ClusterState
 from ckptd.protocol.node import NodeMachine
-from ckptd.protocol.slots import SlotTable, memory_bytes
-from ckptd.protocol.state import NodeState, recover
-from ckptd.tiers.arena import Ledger, Slot
+from ckptd.protocol.slots import memory_bytes
+from ckptd.tiers.arena import Slot
 from ckptd.tiers.memory import SEALS, Headroom, headroom
 
 log = logging.getLogger("ckptd.daemon")
@@ -73,75 +70,14 @@ class Peer:
         self.pid, self.uid = pid, uid
 
 
-class Keeper:
-    """This side of the channel to the keeper; starts another one when it is killed."""
-
-    def __init__(self, address: Address, descriptor: int | None, kept: Callable[[], dict[str, int]]) -> None:
-        self._address = address
-        self._kept = kept
-        self._process: subprocess.Popen[bytes] | None = None
-        self._channel = socket.socket(fileno=descriptor) if descriptor is not None else self._adopt()
-
-    def _adopt(self) -> socket.socket:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process = start_keeper(self._address, adopt=theirs)
-        theirs.close()
-        return ours
-
-    def handed_over(self) -> dict[str, int]:
-        """What the keeper kept for us: name -> descriptor. Called once, at the start."""
-        found: dict[str, int] = {}
-        while True:
-            packet, descriptors, _, _ = socket.recv_fds(self._channel, 4096, 1, socket.MSG_CMSG_CLOEXEC)
-            if packet[:1] != b"K" or not descriptors:
-                return found
-            found[packet[1:].decode()] = descriptors[0]
-
-    def fileno(self) -> int:
-        return self._channel.fileno()
-
-    def keep(self, name: str, descriptor: int) -> None:
-        with contextlib.suppress(OSError):
-            socket.send_fds(self._channel, [b"K" + name.encode()], [descriptor])
-
-    def drop(self, name: str) -> None:
-        with contextlib.suppress(OSError):
-            self._channel.send(b"D" + name.encode())
-
-    def leave(self) -> None:
-        with contextlib.suppress(OSError):
-            self._channel.send(b"X")
-        self._channel.close()
-        if self._process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=LEAVE_S)
-
-    def replace(self) -> None:
-        """The keeper is dead: another one takes everything over."""
-        log.warning("the keeper was killed; starting another")
-        self._channel.close()
-        if self._process is not None:
-            self._process.poll()
-        self._channel = self._adopt()
-        for name, descriptor in self._kept().items():
-            self.keep(name, descriptor)
-
-
 class Daemon:
     """See the module docstring."""
 
     def __init__(self, address: Address, keeper: int | None) -> None:
         self._address = address
-        self._keeper = Keeper(address, keeper, self._kept)
-        kept = self._keeper.handed_over() if keeper is not None else {}
-        ledger = kept.pop("ledger", None)
-        self._ledger = Ledger(ledger) if ledger is not None else Ledger.create()
-        self._slots: dict[int, Slot] = {}
-        for name in [name for name in kept if name.startswith("slot/")]:
-            number = int(name.removeprefix("slot/"))
-            self._take_over(number, kept.pop(name), kept.pop(f"frozen/{number}", None))
-        _close_all(list(kept.values()))
-        self._machine = NodeMachine(self._recover(), time.monotonic())
+        self._arena = Arena(address, keeper)
+        self._slots = self._arena.slots
+        self._machine = NodeMachine(self._arena.recover(address.job.name), time.monotonic())
         self._peers: dict[int, Peer] = {}
         self._numbered = 0
         self._pieces: dict[int, int] = {}
@@ -152,51 +88,10 @@ class Daemon:
         self._writing: dict[SnapshotId, SnapshotId] = {}
         """Grant -> name of what is being made durable, or was."""
         self._flushing = asyncio.Lock()
+        self._prepared: dict[int, m.Prepare] = {}
+        self._others: Others
         self._leaving: asyncio.Future[str]
         self._listening: socket.socket
-        if ledger is None:
-            self._keeper.keep("ledger", self._ledger.descriptor)
-
-    def _take_over(self, number: int, descriptor: int, region: int | None) -> None:
-        """A slot of the daemon before us. One that does not describe itself any more is lost."""
-        try:
-            self._slots[number] = Slot.open(descriptor, region)
-        except FormatError as error:
-            log.error("slot %d is lost: %s", number, error)
-            _close_all([descriptor] if region is None else [descriptor, region])
-            for name in _kept_names(number):
-                self._keeper.drop(name)
-
-    def _recover(self) -> NodeState:
-        """The state of the daemon before us, as far as its slots came over; else a new one."""
-        payload = self._ledger.read()
-        table = SlotTable(numbered=secrets.randbelow(10**9) * 1000)
-        state = NodeState(self._address.job.name, ClusterState(secrets.token_hex(8)), table=table)
-        if payload is not None:
-            try:
-                state = msgspec.msgpack.decode(payload, type=NodeState)
-            except msgspec.MsgspecError as error:
-                log.error("the ledger of the daemon before cannot be read, its snapshots are lost: %s", error)
-        for number in recover(state, self._slots):
-            self._drop(number)
-        if payload is not None:
-            log.info("took over %d slots, epoch %s", len(self._slots), state.epoch)
-        return state
-
-    def _drop(self, number: int) -> None:
-        """Lets go of a slot."""
-        slot = self._slots.pop(number, None)
-        if slot is None:
-            return
-        for name, _ in zip(_kept_names(number), slot.descriptors, strict=False):
-            self._keeper.drop(name)
-        slot.close()
-
-    def _kept(self) -> dict[str, int]:
-        found = {"ledger": self._ledger.descriptor}
-        for number, slot in self._slots.items():
-            found |= zip(_kept_names(number), slot.descriptors, strict=False)
-        return found
 
     # --- the loop
 
@@ -204,11 +99,15 @@ class Daemon:
         """Until the machine says to leave; returns why."""
         loop = asyncio.get_running_loop()
         self._leaving = loop.create_future()
+        self._others = Others(
+            self._machine, self._arena, self._address.job, node_name(), self._said_here, self._carry_out
+        )
+        self._others.resume()
         for instance, process in list(self._machine.state.processes.items()):
             self._watch(instance, process)
         self._listening = listen(self._address)
         loop.add_reader(self._listening.fileno(), self._accept)
-        loop.add_reader(self._keeper.fileno(), self._keeper_speaks)
+        loop.add_reader(self._arena.keeper.fileno(), self._keeper_speaks)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._asked_to_end)
         self._tick()
@@ -224,14 +123,15 @@ class Daemon:
     def _tick(self) -> None:
         asyncio.get_running_loop().call_later(TICK_S, self._tick)
         self._machine.tick(time.monotonic())
+        self._others.tick(time.monotonic())
         self._carry_out()
 
     def _keeper_speaks(self) -> None:
         """A keeper only speaks at the start: anything now is the end of its channel."""
         loop = asyncio.get_running_loop()
-        loop.remove_reader(self._keeper.fileno())
-        self._keeper.replace()
-        loop.add_reader(self._keeper.fileno(), self._keeper_speaks)
+        loop.remove_reader(self._arena.keeper.fileno())
+        self._arena.keeper.replace()
+        loop.add_reader(self._arena.keeper.fileno(), self._keeper_speaks)
 
     def _accept(self) -> None:
         try:
@@ -285,6 +185,13 @@ class Daemon:
         match message:
             case m.Hello():
                 process = identify(peer.pid)
+            case m.Prepare():
+                self._prepared[peer.number] = message
+            case m.Begin():
+                known = self._meets_members(peer, message, descriptors)
+            case m.Meet():
+                self._meet(peer)
+                known = False
             case m.Pieces() if descriptors:
                 self._take_pieces(peer, descriptors.pop())
             case m.Layout():
@@ -297,16 +204,19 @@ class Daemon:
                 message = m.Missed(message.grant, "failed")
             case _:
                 pass
-        _close_all(descriptors)
+        close_all(descriptors)
         if known:
+            epoch = self._machine.state.epoch
             self._machine.handle(peer.number, message, now, process=process, available_bytes=available, limit=limit)
+            if self._machine.state.epoch != epoch:
+                self._others.begun()
         if isinstance(message, m.Hello) and process is not None:
             self._watch(message.instance, process)
 
     def _carry_out(self) -> None:
         """Persists what was decided, then acts."""
         actions = self._machine.take()
-        self._ledger.write(msgspec.msgpack.encode(self._machine.state))
+        self._arena.ledger.write(msgspec.msgpack.encode(self._machine.state))
         for action in actions:
             self._act(action)
 
@@ -318,7 +228,7 @@ class Daemon:
                 if (peer := self._peers.get(action.peer)) is not None:
                     self._close(peer)
             case Drop():
-                self._drop(action.slot)
+                self._arena.drop(action.slot)
             case WriteRecord():
                 work = functools.partial(self._stores.write_record, action)
                 self._in_thread(work, functools.partial(self._recorded, action))
@@ -326,9 +236,12 @@ class Daemon:
                 self._flush(action)
             case cluster.Free():
                 self._freed(action)
+                self._others.carry_out(action)
             case Exit():
                 if not self._leaving.done():
                     self._leaving.set_result(action.reason)
+            case _:
+                self._others.carry_out(action)
 
     # --- connections
 
@@ -339,6 +252,8 @@ class Daemon:
         message = action.message
         if isinstance(message, m.Welcome):
             message = msgspec.structs.replace(message, pid=os.getpid())
+        if isinstance(message, m.Promise):
+            message = self._with_contact(peer, message)
         if isinstance(message, m.Report):
             message = m.Report({**message.report, **self._report()})
         held = [os.dup(held) for n in action.slots if n in self._slots for held in self._slots[n].descriptors]
@@ -364,7 +279,7 @@ class Daemon:
                 log.warning("connection %d (pid %d): %s", peer.number, peer.pid, error)
                 break
             peer.backlog.popleft()
-            _close_all(descriptors)
+            close_all(descriptors)
         if peer.connection.fileno() >= 0:
             loop.remove_writer(peer.connection.fileno())
         if peer.backlog:
@@ -384,8 +299,38 @@ class Daemon:
         loop.remove_writer(peer.connection.fileno())
         peer.connection.close()
         for _, descriptors in peer.backlog:
-            _close_all(descriptors)
+            close_all(descriptors)
         self._machine.gone(peer.number, time.monotonic())
+
+    # --- other nodes
+
+    def _with_contact(self, peer: Peer, message: m.Promise) -> m.Message:
+        """A promise, and how others find this node; or why they cannot."""
+        prepared = self._prepared.pop(peer.number, None)
+        try:
+            return message if prepared is None else m.Promise(message.promise, self._others.contact(prepared))
+        except CkptdError as error:
+            return m.Refuse(type(error).__name__, str(error)[: m.MAX_TEXT])
+
+    def _meets_members(self, peer: Peer, message: m.Begin, descriptors: list[int]) -> bool:
+        """Whether an epoch may begin here: its members are known, and this node serves them."""
+        state = self._machine.state
+        if message.begin.epoch != state.promised or message.begin.epoch == state.epoch:
+            return True
+        raw = b"" if not descriptors else os.pread(descriptors[0], os.fstat(descriptors[0]).st_size, 0)
+        try:
+            self._others.begin(message, raw)
+        except CkptdError as error:
+            self._send(Send(peer.number, m.Refuse(type(error).__name__, str(error)[: m.MAX_TEXT])))
+            return False
+        return True
+
+    def _meet(self, peer: Peer) -> None:
+        def met(error: str | None) -> None:
+            answer = m.Met() if error is None else m.Refuse("ConfigError", error[: m.MAX_TEXT])
+            self._send(Send(peer.number, answer))
+
+        self._in_thread(self._others.meet, met)
 
     # --- processes
 
@@ -418,10 +363,15 @@ class Daemon:
         if old is not None:
             os.close(old)
 
+    def _said_here(self) -> dict[int, bytes]:
+        """What the ranks of this node have said of their states."""
+        found = {rank: self._pieces[rank] for rank in self._machine.state.ranks if rank in self._pieces}
+        return {rank: os.pread(part, os.fstat(part).st_size, 0) for rank, part in found.items()}
+
     def _book(self) -> int:
         """What all ranks have said of their states, in one descriptor. The last one stays until another is made."""
-        said = [os.pread(part, os.fstat(part).st_size, 0) for _, part in sorted(self._pieces.items())]
-        packed = msgspec.msgpack.encode(said)
+        said = self._others.said() | self._said_here()
+        packed = msgspec.msgpack.encode([said[rank] for rank in sorted(said)])
         if self._planned is None or self._planned[0] != packed:
             if self._planned is not None:
                 os.close(self._planned[1])
@@ -443,9 +393,8 @@ class Daemon:
         except FormatError as error:
             log.warning("%s", error)
             return False
-        self._slots[number] = slot
-        for name in _kept_names(number)[: len(slot.descriptors)]:
-            self._keeper.keep(name, descriptors.pop(0))
+        self._arena.take_over(number, slot)
+        del descriptors[: len(slot.descriptors)]
         return True
 
     def _holds(self, message: m.Captured) -> bool:
@@ -574,9 +523,10 @@ class Daemon:
         self._stores.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=LEAVE_S)
-        loop.remove_reader(self._keeper.fileno())
+        await self._others.leave()
+        loop.remove_reader(self._arena.keeper.fileno())
         self._address.remove()
-        self._keeper.leave()
+        self._arena.keeper.leave()
         for peer in list(self._peers.values()):
             await self._last_words(peer)
             self._close(peer)
@@ -623,16 +573,6 @@ def _lock(address: Address, kept: bool) -> int | None:
             return None
         except DaemonError:
             time.sleep(0.05)
-
-
-def _kept_names(number: int) -> list[str]:
-    """Of a slot's descriptors, as the keeper knows them."""
-    return [f"slot/{number}", f"frozen/{number}"]
-
-
-def _close_all(descriptors: Sequence[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
 
 
 def _sealed_memory(name: str, content: bytes) -> int:

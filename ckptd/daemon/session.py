@@ -14,6 +14,8 @@ import threading
 import time
 from typing import Protocol
 
+import msgspec
+
 from ckptd.core.errors import CkptdError, FormatError
 from ckptd.daemon.address import Address
 from ckptd.daemon.launch import reach
@@ -36,6 +38,10 @@ class Handler(Protocol):
 
     def repeat(self) -> list[m.Message]:
         """What to say again after a reconnection (after Hello)."""
+
+    @property
+    def granted(self) -> int:
+        """The newest grant heard of."""
 
 
 class Session:
@@ -126,7 +132,7 @@ class Session:
         while not self._ended:
             try:
                 self._connection = reach(self._address, patience_s=PATIENCE_S, given_up=lambda: self._ended)
-                send(self._connection, self._hello)
+                send(self._connection, msgspec.structs.replace(self._hello, granted=self._handler.granted))
                 break
             except (CkptdError, OSError) as error:
                 if not self._ended:

@@ -29,6 +29,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=10**18)]
 Positive = Annotated[int, msgspec.Meta(ge=1, lt=10**18)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Instance = Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
 Digest = Annotated[str, msgspec.Meta(max_length=100)]
 SlotBytes = Annotated[int, msgspec.Meta(ge=1, le=2**45)]
@@ -68,25 +69,28 @@ class Policy(msgspec.Struct, frozen=True):
     overhead_budget: Annotated[float, msgspec.Meta(gt=0, le=1)]
     memory_bytes: Positive | None
     linger_s: Seconds
+    protection_bandwidth: Positive | None = None
 
 
 class Prepare(Message, frozen=True):
-    """For rank 0: promise not to serve epochs below `epoch`. Answer: Promise or Refuse."""
+    """For rank 0: promise not to serve epochs below `epoch`. Answer: Promise or Refuse. In a job on several nodes,
+    listen to the others at `address` (host, or host and port), by the certificates in `tls_dir` if there are own."""
 
     protocol: int
     job: Name
     epoch: Epoch
+    address: Text = ""
+    tls_dir: Text = ""
 
     def __post_init__(self) -> None:
         self.epoch.check()
 
 
 class Begin(Message, frozen=True):
-    """For rank 0: the epoch begins as `begin` says, with `world` ranks, of which `ranks` are on this node. Answer:
-    Begun or Refuse."""
+    """For rank 0: the epoch begins as `begin` says; `ranks` of the job are on this node. Where the members are is in
+    the descriptor beside, if there are several. Answer: Begun or Refuse."""
 
     begin: cluster.Begin
-    world: Positive
     ranks: list[Count]
     policy: Policy
 
@@ -94,11 +98,16 @@ class Begin(Message, frozen=True):
         cluster.check(self.begin)
 
 
+class Meet(Message, frozen=True):
+    """For rank 0, once the epoch has begun everywhere: see whether the nodes that this one works with can be talked to.
+    Answer: Met or Refuse."""
+
+
 class Hello(Message, frozen=True):
     """A rank joins, or rejoins after a lost connection. Answer: Welcome or Refuse.
 
-    `world`, `ranks` (those of this node), `restore_point` and `policy` let a daemon that lost its memory take the job
-    over.
+    `world`, `ranks` (those of this node), `restore_point`, `policy` and `granted`, the newest grant that the rank has
+    heard of, let a daemon that lost its memory take the job over.
     """
 
     protocol: int
@@ -110,6 +119,7 @@ class Hello(Message, frozen=True):
     instance: Instance
     restore_point: SnapshotId | None
     policy: Policy
+    granted: Count = 0
 
     def __post_init__(self) -> None:
         self.epoch.check()
@@ -199,9 +209,10 @@ class Stop(Message, frozen=True):
 
 
 class Promise(Message, frozen=True):
-    """What this node holds, and the lineage it knows."""
+    """What this node holds, and the lineage it knows; how others find it, if there are others."""
 
     promise: cluster.Promise
+    contact: bytes = b""
 
     def __post_init__(self) -> None:
         cluster.check(self.promise)
@@ -217,6 +228,10 @@ class Refuse(Message, frozen=True):
 
 class Begun(Message, frozen=True):
     """The epoch's record is in the arena and, if there is a store, durable there."""
+
+
+class Met(Message, frozen=True):
+    """They can."""
 
 
 class SlotInfo(msgspec.Struct, frozen=True):
@@ -320,6 +335,7 @@ class Closed(Message, frozen=True):
 ToDaemon = (
     Prepare
     | Begin
+    | Meet
     | Hello
     | Pieces
     | Layout
@@ -339,6 +355,7 @@ FromDaemon = (
     Promise
     | Refuse
     | Begun
+    | Met
     | Welcome
     | Survey
     | Plan

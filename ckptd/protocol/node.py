@@ -17,7 +17,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ckptd.core.types import Epoch, Level, SnapshotId
@@ -32,11 +32,15 @@ from ckptd.protocol.layouts import allot
 from ckptd.protocol.members import Member, Members
 from ckptd.protocol.quiet import Quiet
 from ckptd.protocol.requests import Request, Requests
-from ckptd.protocol.slots import Granted
+from ckptd.protocol.slots import Granted, Sealed
 from ckptd.protocol.state import NodeState, describe
 
 MAX_RANKS = 120
 """Ranks of one node: a Welcome passes two descriptors for each, and the kernel passes 253 at a time."""
+
+
+PART_S = 10.0
+"""How long a node that is done waits for others to have heard of it."""
 
 
 class NodeMachine:
@@ -55,7 +59,10 @@ class NodeMachine:
         self._planned = False
         self._draining = False
         self._disbanded = False
+        self._closed_at: float | None = None
         self._cost: float | None = None
+        self._coming: dict[int, bool] = {}
+        """Ranks that have said Hello and are not in yet; whether they were before."""
         self._available_bytes, self._limit = 0, ""
 
     # --- events
@@ -192,13 +199,13 @@ class NodeMachine:
         if epoch != self.state.promised:
             self._refuse(peer, "DaemonError", f"epoch {epoch} is not the promised one", self.state.promised)
             return
-        complaint = _complaint(message.world, message.ranks)
+        complaint = _complaint(message.begin.membership.world, message.ranks)
         if complaint is not None:
             self._refuse(peer, "ConfigError", complaint)
             return
         self._quiet.end()
         if self.state.epoch != epoch:
-            self._adopt(message.begin, message.world, message.ranks, message.policy)
+            self._adopt(message.begin, message.ranks, message.policy)
         root = self.state.cluster.number == 0
         if message.policy.store is None or not root:
             self._send(peer, m.Begun())
@@ -206,10 +213,11 @@ class NodeMachine:
             self._beginning.add(peer)
             self._out.append(WriteRecord(peer, message.policy.store, self.state.cluster.records[-1]))
 
-    def _adopt(self, begin: cluster.Begin, world: int, ranks: list[int], policy: m.Policy) -> None:
+    def _adopt(self, begin: cluster.Begin, ranks: list[int], policy: m.Policy) -> None:
         """The epoch begins here; what it neither restores nor keeps is freed."""
         self._disconnect_members()
-        self._out += [Drop(slot) for slot in self.state.begin(world, ranks, policy)]
+        self._coming.clear()
+        self._out += [Drop(slot) for slot in self.state.begin(begin.membership.world, ranks, policy)]
         self.job.policy = policy
         self.job.begin(begin)
         self._disbanded, self._cost = False, None
@@ -241,17 +249,52 @@ class NodeMachine:
         if process is not None:
             state.processes[instance] = process
         self._quiet.end()
-        self._out.append(repeats.welcome(state, peer, rank))
-        self._repeat_layout(peer, rank, returns)
-        for news in repeats.news(state, rank):
-            self._send(peer, news)
+        self.job.heard_of(message.granted)
+        self._coming[rank] = returns
+
+    def _welcome(self) -> None:
+        """Who has said Hello is in as soon as what the epoch goes on from is here, maybe rebuilt."""
+        point = self.state.cluster.point if self.state.cluster.continued else None
+        holding = None if point is None else self.state.cluster.find(point)
+        if self.state.frozen or (holding is not None and not holding.data and not holding.freed):
+            return
+        coming, self._coming = self._coming, {}
+        for rank, returns in coming.items():
+            peer = self.members.peer(rank)
+            if peer is not None:
+                self._out.append(repeats.welcome(self.state, peer, rank))
+                self._repeat_layout(peer, rank, returns)
+                for news in repeats.news(self.state, rank):
+                    self._send(peer, news)
+
+    def unrecoverable(self, snapshot: SnapshotId, why: str) -> None:
+        """What the epoch was to go on from cannot be rebuilt here: whoever waits for it is told."""
+        if snapshot == self.state.cluster.point:
+            coming, self._coming = self._coming, {}
+            for rank in coming:
+                peer = self.members.peer(rank)
+                if peer is not None:
+                    self._refuse(peer, "UnrecoverableError", why)
+
+    def rebuilt(self, snapshot: SnapshotId, found: Sequence[m.SlotInfo], record: bytes) -> list[int]:
+        """This node's string of a snapshot has been made anew, in slots like `found`. Their numbers, or none where
+        nobody wants it any more."""
+        holding = self.state.cluster.find(snapshot)
+        if holding is None or holding.name is None or not self.job.rebuilt(snapshot, record):
+            return []
+        slots: dict[int, int] = {}
+        for info in found:
+            slot = self.state.table.create(info.rank, info.digest, info.size, info.frozen_bytes)
+            slot.ready, slots[info.rank] = True, slot.slot
+        self.state.table.sealed.append(Sealed(holding.name, snapshot, slots))
+        return list(slots.values())
 
     def _adopt_unheard(self, message: m.Hello) -> None:
         """An epoch whose Begin went to a daemon that has lost its memory: this one takes its place. Of a job on several
         nodes it is no member: nothing is captured until the next epoch."""
         alone = len(message.ranks) == message.world
-        begin = adopted(self.state.cluster, message.epoch, message.restore_point, alone=alone)
-        self._adopt(begin, message.world, message.ranks, message.policy)
+        begin = adopted(self.state.cluster, message.epoch, message.restore_point, message.world, alone=alone)
+        self._adopt(begin, message.ranks, message.policy)
 
     def _repeat_layout(self, peer: int, rank: int, returns: bool) -> None:
         """What a rank may have missed of a survey, or of what came out of it."""
@@ -387,6 +430,7 @@ class NodeMachine:
 
     def _advance(self) -> None:
         """Until the job's decisions and this node's outcomes have nothing to say to each other."""
+        self._welcome()
         while True:
             if not self.state.frozen:
                 self._break()
@@ -543,7 +587,7 @@ class NodeMachine:
     def _standing(self) -> Standing:
         """What the root is told of this node's ranks."""
         state = self.state
-        present = [member for _, member in self.members.present()]
+        present = [member for rank, member in self.members.present() if rank not in self._coming]
         wants = {member.wants for member in present} if len(present) == len(state.ranks) else {None}
         asked = wants.pop() if len(wants) == 1 else None
         surveyed = state.surveying and not all(
@@ -598,7 +642,7 @@ class NodeMachine:
         if self._draining:
             self._out.append(Exit("asked to end by a signal"))
             return
-        if self._disbanded:
+        if self._disbanded or self._has_waited_to_part():
             self._broadcast(m.Closed())
             self._out.append(Exit("the job has closed"))
             return
@@ -608,6 +652,14 @@ class NodeMachine:
         linger_s = self._quiet.too_long_s(self.state, self._now_s)
         if linger_s is not None:
             self._out.append(Exit(f"nobody came for {linger_s:.0f} s"))
+
+    def _has_waited_to_part(self) -> bool:
+        """All have finished, and some other node has not said that it knows: it may be gone already."""
+        if not self.job.closed:
+            self._closed_at = None
+            return False
+        self._closed_at = self._now_s if self._closed_at is None else self._closed_at
+        return self._now_s - self._closed_at >= PART_S
 
     # --- small things
 
@@ -628,7 +680,7 @@ class NodeMachine:
 
     def _send_rank(self, rank: int, message: m.Message, **descriptors: Any) -> None:
         peer = self.members.peer(rank)
-        if peer is not None:  # a rank that is away is told when it comes back
+        if peer is not None and rank not in self._coming:  # who is away is told when it comes back
             self._send(peer, message, **descriptors)
 
     def _refuse(self, peer: int, error: str, text: str, promised: Epoch | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ckptd.core.types import Epoch
+from ckptd.core.types import Epoch, SnapshotId
 from ckptd.protocol.cluster import state as cluster
 from ckptd.protocol.messages import Policy
 from ckptd.protocol.slots import Sealed, SlotTable, memory_bytes
@@ -94,9 +94,9 @@ class NodeState(msgspec.Struct):
         return None if found is None else self.table.holding(found.snapshot)
 
 
-def recover(state: NodeState, held: Collection[int]) -> list[int]:
-    """Makes the state of a daemon's predecessor true where only the slots `held` came over. Returns those of them that
-    the state does not know as ready, which are to be dropped.
+def recover(state: NodeState, held: Collection[int], areas: Mapping[int, SnapshotId | None] | None = None) -> list[int]:
+    """Makes the state of a daemon's predecessor true where only the slots `held` came over, and parity `areas` with
+    what they hold. Returns those of the slots that the state does not know as ready, which are to be dropped.
 
     A snapshot with a lost slot is gone. Slots in the making stay in the books: their trainers offer them again.
     """
@@ -106,8 +106,14 @@ def recover(state: NodeState, held: Collection[int]) -> list[int]:
     table.sealed = [sealed for sealed in table.sealed if not lost & set(sealed.slots.values())]
     for granted in table.granted:
         granted.dead = granted.dead or bool(lost & set(granted.slots.values()))
-    for grant, _ in cluster.recover(state.cluster, [sealed.grant for sealed in table.sealed], []):
-        table.free(grant)
+    encoded = [
+        holding.snapshot
+        for holding in state.cluster.holdings
+        if holding.area is not None and holding.name is not None and (areas or {}).get(holding.area) == holding.name
+    ]
+    for grant, part in cluster.recover(state.cluster, [sealed.grant for sealed in table.sealed], encoded):
+        if part == "data":
+            table.free(grant)
     if lost:
         state.surveying = True
         state.generation += 1

@@ -75,6 +75,7 @@ class Capture:
         self._told_at = 0.0
         self._passed = -1
         self._requested: int | None = None
+        self._granted_last = 0
         self._capturing: int | None = None
         self._standing: list[m.Message] = []
         self._sealed = self._protected = -1
@@ -364,12 +365,18 @@ class Capture:
                 said.append(m.Request(self._requested))
             return [*said, *self._standing]
 
+    @property
+    def granted(self) -> int:
+        """The newest grant heard of."""
+        return self._granted_last
+
     def _granted(self, message: m.Grant) -> None:
         with self._lock:
             known = self._outcomes.get(message.grant)
             if self._capturing == message.grant:
                 return  # its outcome will be said
             self._grants[message.grant] = message
+            self._granted_last = max(self._granted_last, message.grant)
             late = message.step <= self._passed and message.step != self._requested
             self._changed.notify_all()
         if known is not None:

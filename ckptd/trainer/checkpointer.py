@@ -33,6 +33,7 @@ from ckptd.tiers.arena import SnapshotReader
 from ckptd.tiers.store import Store, StoredCheckpoint, location
 from ckptd.trainer import collective, start
 from ckptd.trainer.capture import Capture, Statistics
+from ckptd.trainer.node_memory import NodeMemory, open_memory
 from ckptd.trainer.places import Places
 from ckptd.trainer.restoring import restore_state
 from ckptd.trainer.signals import Terminator
@@ -169,26 +170,27 @@ class Checkpointer:
         group, choice = self._grouped, entry.choice
         if choice.snapshot is None:
             return None
-        opened: list[SnapshotReader | StoredCheckpoint] = []
+        opened: list[SnapshotReader | NodeMemory | StoredCheckpoint] = []
 
         def find() -> bytes:
             assert choice.snapshot is not None
-            if choice.source == start.MEMORY:
-                opened.append(SnapshotReader(choice.snapshot, entry.restore))
-            else:
-                assert self._store is not None
-                opened.append(Store.open(self._store).reader(choice.snapshot))
+            assert self._store is not None
+            opened.append(Store.open(self._store).reader(choice.snapshot))
             return b""
 
         try:
-            group.together(find)
+            if choice.source == start.MEMORY:
+                assert self._places is not None
+                held = [slot.duplicate() for slot in entry.restore]
+                opened.append(open_memory(choice.snapshot, group, self._places.node_of, held, choice.world))
+            else:
+                group.together(find)
             origin = opened[0]
             restore_state(self._state, group, origin, rng=True, what=f"{choice.snapshot} in {choice.source}")
             return None if isinstance(origin, StoredCheckpoint) else max(0.0, time.time() - origin.captured_at)
         finally:
             for origin in opened:
-                if isinstance(origin, StoredCheckpoint):
-                    origin.close()
+                origin.close()
             for slot in entry.restore:
                 slot.close()
 
@@ -229,6 +231,7 @@ class Checkpointer:
             overhead_budget=options.overhead_budget,
             memory_bytes=None if options.memory == "auto" else int(options.memory),
             linger_s=options.linger_s,
+            protection_bandwidth=options.protection_bandwidth,
         )
 
     # --- the loop

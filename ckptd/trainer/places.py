@@ -10,10 +10,11 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
-from ckptd.core.config import World, node_name
+from ckptd.core.config import World, node_name, runtime_dir
 from ckptd.core.errors import ConfigError
 from ckptd.plan.stripe import plan_groups
 from ckptd.protocol.cluster.facts import Shape
@@ -28,6 +29,7 @@ class _Place(msgspec.Struct, array_like=True):
     node: str
     domain: str
     local_rank: int
+    home: tuple[str, int, int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +47,12 @@ class Places:
         """Collective. Raises ConfigError, the same on every rank, where two nodes have one name, or the nodes cannot
         give the `redundancy`."""
         node = node_name(environ)
-        own = _Place(node, environ.get("CKPTD_FAILURE_DOMAIN") or node, world.local_rank)
+        own = _Place(node, environ.get("CKPTD_FAILURE_DOMAIN") or node, world.local_rank, _home(environ))
         said = group.all_gather(msgspec.msgpack.encode(own))
         places = [msgspec.msgpack.decode(data, type=_Place) for data in said]
         _check_names(places)
         nodes = tuple(dict.fromkeys(place.node for place in places))
-        if len(nodes) > 1:
-            raise ConfigError(
-                f"the job's {group.size} ranks run on several nodes ({', '.join(sorted(nodes))}; {world.local_size} "
-                "ranks on this one); this version of ckptd serves jobs on one node"
-            )
+        _check_homes(places)
         domain_of = {place.node: place.domain for place in places}
         grouping = plan_groups([domain_of[node] for node in nodes], redundancy)
         if group.rank == 0:
@@ -72,6 +70,28 @@ class Places:
     def leads(self) -> bool:
         """This rank speaks for its node."""
         return self.rank == self.ranks_here[0]
+
+
+def _home(environ: Mapping[str, str]) -> tuple[str, int, int, str]:
+    """What tells the runtime directory of this node from any other's: the boot, and what is there already of it by
+    device and inode, the rest by name."""
+    directory = runtime_dir(environ)
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    found = there.stat()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return boot, found.st_dev, found.st_ino, str(directory.relative_to(there))
+
+
+def _check_homes(places: list[_Place]) -> None:
+    """Each node has a runtime directory, and so a daemon, of its own."""
+    served: dict[tuple[str, int, int, str], str] = {}
+    for place in places:
+        other = served.setdefault(place.home, place.node)
+        if other != place.node:
+            raise ConfigError(
+                f"nodes {other!r} and {place.node!r} have one runtime directory, hence one daemon: give each its own "
+                "with CKPTD_RUNTIME_DIR, or the same name with CKPTD_NODE if they are one node"
+            )
 
 
 def _check_names(places: list[_Place]) -> None:

@@ -28,12 +28,15 @@ from ckptd.core.types import Epoch, SnapshotId
 from ckptd.daemon.address import Address
 from ckptd.daemon.client import refusal, request
 from ckptd.daemon.launch import reach
+from ckptd.daemon.others import packed_directory
 from ckptd.daemon.session import PATIENCE_S
 from ckptd.daemon.wire import ask
 from ckptd.protocol import messages as m
 from ckptd.protocol.cluster import epoch as cluster
 from ckptd.protocol.cluster import messages as between
 from ckptd.tiers.arena import Slot
+from ckptd.tiers.peers import listening_address, new_token
+from ckptd.tiers.peers.address import join_address
 from ckptd.tiers.store import Store
 from ckptd.trainer.collective import Group
 from ckptd.trainer.places import Places
@@ -49,12 +52,13 @@ MEMORY, STORE, NOTHING = "memory", "store", "none"
 
 class Choice(msgspec.Struct, frozen=True):
     """What an epoch starts from. `source` is MEMORY, STORE or NOTHING (then `snapshot` is None); `durable`: it is in
-    the store."""
+    the store; `world`: ranks that have captured what is in memory."""
 
     epoch: Epoch
     snapshot: SnapshotId | None
     source: str
     durable: bool = False
+    world: int = 0
 
 
 class Entry(NamedTuple):
@@ -75,6 +79,7 @@ class _Begun(msgspec.Struct, frozen=True):
 
     choice: Choice
     begin: between.Begin
+    directory: bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +148,7 @@ class Start:
                 if not self.places.leads:
                     return b""
                 connection.append(held.enter_context(reach(self.address)))
-                message = m.Prepare(m.PROTOCOL, self.address.job.name, epoch)
+                message = m.Prepare(m.PROTOCOL, self.address.job.name, epoch, *self._listening())
                 answer, _ = ask(connection[0], message, HELLO_S)
                 if isinstance(answer, m.Refuse) and answer.promised is None:
                     raise refusal(answer)
@@ -153,18 +158,31 @@ class Start:
             refused = [answer.promised for answer in answers if isinstance(answer, m.Refuse)]
             if refused:
                 return None, max(epoch.number for epoch in refused if epoch is not None)
-            promises = [answer.promise for answer in answers]
-            decide = lambda: msgspec.msgpack.encode(self._decide(epoch, promises, surroundings))  # noqa: E731
+            decide = lambda: msgspec.msgpack.encode(self._decide(epoch, answers, surroundings))  # noqa: E731
             begun = msgspec.msgpack.decode(self.group.from_first(decide), type=_Begun)
 
             def begin() -> bytes:
                 if connection:
-                    message = m.Begin(begun.begin, self.group.size, self.places.ranks_here, self.policy)
-                    request(connection[0], message, BEGIN_S)
+                    message = m.Begin(begun.begin, self.places.ranks_here, self.policy)
+                    with _descriptor_of(begun.directory) as beside:
+                        request(connection[0], message, BEGIN_S, beside)
+                return b""
+
+            def meet() -> bytes:
+                if connection:
+                    request(connection[0], m.Meet(), BEGIN_S)
                 return b""
 
             self.group.together(begin)
+            if len(self.places.nodes) > 1:
+                self.group.together(meet)
         return begun.choice, 0
+
+    def _listening(self) -> tuple[str, str]:
+        """Where this node's daemon is to listen to others, if there are others. Raises ConfigError."""
+        if len(self.places.nodes) == 1:
+            return "", ""
+        return join_address(*listening_address()), self.options.tls_dir or ""
 
     def _number(self, least: int, found: _Surroundings) -> Epoch:
         """Rank 0: an epoch above all that the store knows, and at least `least`."""
@@ -175,14 +193,34 @@ class Start:
         known = [r.epoch.number for r in found.records] + [s.epoch.number for s in found.stored]
         return Epoch(max([least, *(number + 1 for number in known)]), secrets.token_hex(8))
 
-    def _decide(self, epoch: Epoch, promises: Sequence[between.Promise], found: _Surroundings) -> _Begun:
+    def _decide(self, epoch: Epoch, answers: Sequence[m.Promise], found: _Surroundings) -> _Begun:
         """Rank 0: the restore point, and how the epoch begins from it."""
+        promises = [answer.promise for answer in answers]
         chosen, choice = _choose(epoch, promises, found, self.options, self.wanted, self.excluded)
         _mind_damage(choice, found.damaged)
         arenas = [promise.arena for promise in promises]
         if len(set(arenas)) < len(arenas):
             raise ConfigError("two nodes of the job are served by one daemon: give each its own CKPTD_RUNTIME_DIR")
-        return _Begun(choice, cluster.beginning(epoch, chosen, arenas, (), self.places.shape))
+        begin = cluster.beginning(epoch, chosen, arenas, (), self.places.shape, self.group.size)
+        if len(arenas) == 1:
+            return _Begun(choice, begin, b"")
+        contacts = {answer.promise.arena: answer.contact for answer in answers}
+        directory = packed_directory(new_token(), [contacts[arena] for arena in begin.membership.arenas])
+        return _Begun(choice, begin, directory)
+
+
+@contextlib.contextmanager
+def _descriptor_of(content: bytes) -> Iterator[list[int]]:
+    """Memory with `content`, to send beside a message; none for nothing."""
+    if not content:
+        yield []
+        return
+    descriptor = os.memfd_create("ckptd-directory", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, content)
+        yield [descriptor]
+    finally:
+        os.close(descriptor)
 
 
 @dataclasses.dataclass
@@ -233,7 +271,7 @@ def _choose(
     chosen = cluster.choose(promises, found.records, durable, wanted, spoiled)
     name = chosen.name
     if name is not None:
-        return chosen, Choice(epoch, name, MEMORY if chosen.held else STORE, name in durable)
+        return chosen, Choice(epoch, name, MEMORY if chosen.held else STORE, name in durable, chosen.world)
     if excluded:
         raise UnrecoverableError(
             "no snapshot that was announced safe can be read: "

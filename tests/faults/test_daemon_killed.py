@@ -17,10 +17,10 @@ RENAME = "ckptd.tiers.store.posix:PosixDisk.rename"
 UNLINK = "ckptd.tiers.store.posix:PosixDisk.unlink"
 REMOVE_DIRECTORY = "ckptd.tiers.store.posix:PosixDisk.remove_directory"
 MAKE_DIRECTORY = "ckptd.tiers.store.posix:PosixDisk.make_directory"
-WRITE_RECORD = "ckptd.daemon.server:Daemon._write_record"
+WRITE_RECORD = "ckptd.daemon.flush:Stores.write_record"
 PREPARE = "ckptd.protocol.node:NodeMachine._prepare"
-KEEP = "ckptd.daemon.server:Keeper.keep"
-DROP = "ckptd.daemon.server:Keeper.drop"
+KEEP = "ckptd.daemon.arena:Keeper.keep"
+DROP = "ckptd.daemon.arena:Keeper.drop"
 
 FLUSH = {
     "F: before the first chunk": Fault(MAKE_DIRECTORY, when="after", match="data"),

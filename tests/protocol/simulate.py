@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
+
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.protocol import messages as m
 from ckptd.protocol.cluster.epoch import beginning, choose
@@ -270,7 +272,8 @@ class Simulation:
 
     def _comes_back(self, process: Proc) -> None:
         if self._connect(process):
-            for message in (process.trainer.hello, *process.trainer.repeat()):
+            hello = msgspec.structs.replace(process.trainer.hello, granted=process.trainer.granted)
+            for message in (hello, *process.trainer.repeat()):
                 self._say(process, message)
 
     def _receives(self, process: Proc) -> None:
@@ -394,9 +397,9 @@ class Simulation:
         launch.choice, launch.from_memory = chosen.name, bool(chosen.held)
         assert launch.connection is not None
         assert launch.epoch is not None
-        begin = beginning(launch.epoch, chosen, [promise.promise.arena], (), Shape(((0,),), 0))
+        begin = beginning(launch.epoch, chosen, [promise.promise.arena], (), Shape(((0,),), 0), launch.world)
         ranks = list(range(launch.world))
-        launch.connection.up.append((m.Begin(begin, launch.world, ranks, launch.policy), None))
+        launch.connection.up.append((m.Begin(begin, ranks, launch.policy), None))
         launch.stage = "begin"
 
     def _spawns(self, launch: Launch) -> None:

@@ -32,15 +32,19 @@ ALONE = Shape(((0,),), 0)
 HELD = Held(POINT, 0, ALONE, 7, data=True, parity=True, posted=True)
 
 
-def begun(at: Epoch, point: SnapshotId | None = POINT) -> cluster.Begin:
+def begun(at: Epoch, point: SnapshotId | None = POINT, world: int = 2) -> cluster.Begin:
     """How an epoch of one node begins."""
-    return beginning(at, Choice(point, 7, {}, 0, None), ["n"], (), ALONE)
+    return beginning(at, Choice(point, 7, {}, 0, None), ["n"], (), ALONE, world)
 
 
 BEGIN = msgspec.to_builtins(begun(E1))
 PLAIN: dict[str, Any] = {
     "begin": begun(E1),
     "ranks": [0, 1],
+    "granted": 3,
+    "address": "127.0.0.1",
+    "tls_dir": "/tls",
+    "contact": b"a node",
     "promise": cluster.Promise(E1, "n", (HELD,), POINT, (EpochRecord(E1, POINT), EpochRecord(E1))),
     "protocol": 1,
     "job": "job",
@@ -185,7 +189,7 @@ def test_whatever_the_machine_says_fits() -> None:
     machine, every = NodeMachine(NodeState("job", ClusterState("n")), 0.0), list(range(MAX_RANKS))
     machine.handle(1, plain(m.Prepare, job="é" * 4096), 0.0)
     machine.handle(1, plain(m.Prepare, epoch=epoch(2)), 0.0)
-    machine.handle(1, plain(m.Begin, begin=begun(epoch(2)), world=MAX_RANKS, ranks=every), 0.0)
+    machine.handle(1, plain(m.Begin, begin=begun(epoch(2), world=MAX_RANKS), ranks=every), 0.0)
     machine.recorded(1, "x" * 10**6, 0.0)
     for rank in every:
         hello = plain(m.Hello, epoch=epoch(2), rank=rank, world=MAX_RANKS, ranks=every, instance=f"p{rank}")
@@ -236,7 +240,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "restore_point": POINTS,
     "world": st.sampled_from([1, 2, 2, 3, MAX_RANKS + 1, 10**18 - 1]),
     "ranks": st.sampled_from([[], [0], [0, 1], [0, 1], [1, 2], [0, 0], [10**18 - 1], list(range(MAX_RANKS + 1))]),
-    "begin": st.builds(begun, EPOCHS, POINTS),
+    "begin": st.builds(begun, EPOCHS, POINTS, st.sampled_from([1, 2, 2, 3, MAX_RANKS + 1, 10**18 - 1])),
     "policy": POLICIES,
     "instance": st.sampled_from(["a1", "b1", "a2", "q"]),
     "digest": st.sampled_from(["d", "e"]),
@@ -247,6 +251,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "stall_s": SECONDS,
     "reason": st.sampled_from(typing.get_args(m.Reason)),
     "to": st.sampled_from([None, "/elsewhere"]),
+    "address": st.sampled_from(["", "10.0.0.1"]),
+    "tls_dir": st.sampled_from(["", "/tls"]),
 }
 ANY = st.one_of(
     [st.builds(kind, **{f.name: FIELDS.get(f.name, NUMBERS) for f in msgspec.structs.fields(kind)}) for kind in TO]

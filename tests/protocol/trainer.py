@@ -59,6 +59,7 @@ class Trainer:
         self.slots: dict[int, Memory] = {}
         self.making: list[tuple[str, int, Memory | None]] = []
         self.grants: dict[int, m.Grant] = {}
+        self.granted = 0
         self.outcomes: dict[int, m.Captured | m.Missed] = {}
         self.copy: Copy | None = None
         self.survey: int | None = None
@@ -212,6 +213,7 @@ class Trainer:
             return
         known = self.outcomes.get(message.grant)
         self.grants[message.grant] = message
+        self.granted = max(self.granted, message.grant)
         if known is not None:
             self.say(known, None)
         elif self.heeds_lateness and message.step <= self.passed and message.step != self.requested:

@@ -138,7 +138,7 @@ class Script:
         point = name if not held or held[0] is None else held[0].snapshot
         found = {"n": held[0]} if held and held[0] is not None else {}
         chosen = Choice(point, 0 if name is None else name.step, found, 0, point if found else None)
-        return beginning(begun, chosen, ["n"], (), Shape(((0,),), 0))
+        return beginning(begun, chosen, ["n"], (), Shape(((0,),), 0), self.usual["world"])
 
     def _event(self, head: str, rest: str) -> None:
         machine, now = self.machine, self.now_s

@@ -41,6 +41,11 @@ class Choice:
         """Of the point, by its step: as the store and the lineage know it."""
         return None if self.point is None else SnapshotId(self.point.epoch, self.step)
 
+    @property
+    def world(self) -> int:
+        """Ranks that have captured the point, as far as it is in memory."""
+        return max((item.world for item in self.held.values()), default=0)
+
 
 def tolerated(held: Collection[Held]) -> int | None:
     """How many more losses in each group a snapshot survives, from what is at hand of it; None: it is lost.
@@ -127,13 +132,15 @@ def _worth(item: Held | None) -> int:
 # --- rank 0
 
 
-def beginning(epoch: Epoch, chosen: Choice, arenas: Sequence[str], guests: tuple[str, ...], shape: Shape) -> m.Begin:
+def beginning(
+    epoch: Epoch, chosen: Choice, arenas: Sequence[str], guests: tuple[str, ...], shape: Shape, world: int = 1
+) -> m.Begin:
     """What everybody is told of an epoch that starts from `chosen`."""
     order, continued = numbered(arenas, chosen.held, shape)
     holders = {arena: chosen.held[arena].string for arena in guests if arena in chosen.held}
     return m.Begin(
         epoch,
-        Membership(epoch, order, guests, shape),
+        Membership(epoch, order, guests, shape, world),
         chosen.point,
         chosen.step,
         continued,
@@ -261,13 +268,13 @@ def begin(state: ClusterState, message: m.Begin) -> list[m.Free]:
     return freed
 
 
-def adopted(state: ClusterState, epoch: Epoch, name: SnapshotId | None, *, alone: bool) -> m.Begin:
+def adopted(state: ClusterState, epoch: Epoch, name: SnapshotId | None, world: int, *, alone: bool) -> m.Begin:
     """What an arena takes an epoch for, that went on from `name`, when it comes too late for its Begin: as the only
     member if the job is `alone` on this node, else as none."""
     shape = Shape(((0,),), 0) if alone else Shape((), 0)
     arenas = (state.arena,) if alone else ()
     state.promised = epoch
-    membership = Membership(epoch, arenas, (), shape)
+    membership = Membership(epoch, arenas, (), shape, world)
     return m.Begin(epoch, membership, name, 0 if name is None else name.step, False, 0, {}, None)
 
 
@@ -277,7 +284,7 @@ def _continue(state: ClusterState, message: m.Begin) -> None:
     assert state.number is not None
     holding = state.find(message.point)
     if holding is None:
-        holding = Holding(message.point, state.number, message.membership.shape)
+        holding = Holding(message.point, state.number, message.membership.shape, world=message.membership.world)
         state.holdings.append(holding)
     holding.step, holding.capturing = message.step, False
     holding.sealed, holding.parity = True if holding.data else None, None

@@ -36,17 +36,19 @@ class Shape(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Membership(msgspec.Struct, frozen=True):
-    """Who takes part in an epoch: the arena of each number, and arenas without one that still hold something."""
+    """Who takes part in an epoch: the arena of each number, and arenas without one that still hold something. `world`:
+    ranks of the job."""
 
     epoch: Epoch
     arenas: tuple[str, ...]
     guests: tuple[str, ...]
     shape: Shape
+    world: int = 1
 
 
 class Held(msgspec.Struct, frozen=True):
     """What an arena holds of a snapshot: string number `string` of that shape. `parity`: its parities are complete;
-    `posted`: and it has said so, which may have made the snapshot protected."""
+    `posted`: and it has said so, which may have made the snapshot protected. `world`: ranks that have captured it."""
 
     snapshot: SnapshotId
     string: int
@@ -55,6 +57,7 @@ class Held(msgspec.Struct, frozen=True):
     data: bool
     parity: bool
     posted: bool
+    world: int = 1
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):

@@ -52,7 +52,7 @@ class MemberMachine:
         self._writing = self._committing = 0
         self._failed: Failure | None = None
         self._standing = Standing()
-        self._disbanded = False
+        self._done = False
         self._told_up: m.Facts | None = None
         self._told_down: m.Decided | None = None
         self._root: Root | None = None
@@ -60,6 +60,11 @@ class MemberMachine:
             started_at = max(state.point_step, 0 if state.durable is None else state.durable.step)
             cadence = None if self.policy is None else Cadence(self.policy, started_at)
             self._root = Root(cadence, Flushing(self.policy, cadence, state.durable))
+
+    @property
+    def closed(self) -> bool:
+        """All ranks of the job have finished, as far as this member knows."""
+        return self._known is not None and self._known.closed
 
     @property
     def interval(self) -> int | None:
@@ -106,6 +111,10 @@ class MemberMachine:
         if self.state.epoch != message.epoch and self.state.promised == message.epoch:
             self._out += begin(self.state, message)
             self._enter()
+
+    def heard_of(self, granted: int) -> None:
+        """Somebody knows of grants up to this number: a daemon that takes the place of a lost one gives higher ones."""
+        self.state.granted = max(self.state.granted, granted)
 
     def stands(self, standing: Standing) -> None:
         """Where the node's ranks stand now. What this machine knows itself - flushes - is not looked at."""
@@ -166,16 +175,18 @@ class MemberMachine:
         """A source cannot be had now."""
         self._work.encoding_failed(snapshot)
 
-    def rebuilt(self, snapshot: SnapshotId, record: bytes) -> None:
-        """The string is whole again, checked against its seal record."""
+    def rebuilt(self, snapshot: SnapshotId, record: bytes) -> bool:
+        """The string is whole again, checked against its seal record. Whether anybody wants it."""
         holding = self.state.find(snapshot)
-        if holding is not None and self._work.rebuilding == snapshot and not self.state.frozen:
-            assert self.state.number is not None
-            self._work.rebuilding = None
-            holding.data = True
-            holding.records[self.state.number] = record
-            if holding.sealed is None:
-                holding.sealed = True
+        if holding is None or self._work.rebuilding != snapshot or self.state.frozen:
+            return False
+        assert self.state.number is not None
+        self._work.rebuilding = None
+        holding.data = True
+        holding.records[self.state.number] = record
+        if holding.sealed is None:
+            holding.sealed = True
+        return True
 
     def rebuilding_failed(self, snapshot: SnapshotId) -> None:
         """Too few sources can be had now."""
@@ -307,7 +318,8 @@ class MemberMachine:
         if state.number is None:
             self._free()
             self._out += self._work.due_at_guest(state)
-            if not state.holdings:
+            if not state.holdings and not self._done:
+                self._done = True
                 self._out.append(m.Leave())
             return
         before = None
@@ -322,8 +334,8 @@ class MemberMachine:
             self._free()
         up = self._up(own)
         self._tell(up)
-        if self._known.closed and up.standing.parted and not self._disbanded:
-            self._disbanded = True
+        if self._known.closed and up.standing.parted and not self._done:
+            self._done = True
             self._out.append(m.Disband())
 
     def _children(self) -> range:
@@ -411,7 +423,7 @@ class MemberMachine:
         state, standing, snapshot = self.state, self._standing, verdict.snapshot
         assert state.number is not None
         assert state.membership is not None
-        holding = Holding(snapshot, state.number, state.membership.shape)
+        holding = Holding(snapshot, state.number, state.membership.shape, world=state.membership.world)
         asked = verdict.at is not None
         late = snapshot.step <= state.granted or (not asked and snapshot.step <= standing.boundary)
         if late or standing.room == 0 or (asked and standing.asked != verdict.at):

@@ -140,6 +140,7 @@ def check(message: BetweenDaemons) -> None:
             membership = message.membership
             _check_snapshots([message.point, message.protected])
             _check_number(message.step)
+            _check_number(membership.world)
             _check_shape(membership.shape, len(membership.arenas))
             if membership.epoch != message.epoch:
                 raise FormatError(f"Begin of {message.epoch}: its membership is of {membership.epoch}")

@@ -18,16 +18,17 @@ PARITY_SETS = 2
 
 
 class Holding(msgspec.Struct):
-    """A snapshot that this arena has to do with. `capturing`: ranks may be writing. `data`: its string is whole here.
-    `area`: its parity set; `encoded`: the parities in it are complete. `sealed`, `parity`: the facts as posted in this
-    epoch; `agreed`: all have posted Sealed. `replicas`: what its ranks say they have in common with others, until all
-    have. `freed`: superseded, only its facts are left. `records`: number -> seal record of each member of the group,
-    its own too."""
+    """A snapshot that this arena has to do with, of `world` ranks. `capturing`: some may be writing. `data`: its string
+    is whole here. `area`: its parity set; `encoded`: the parities in it are complete. `sealed`, `parity`: the facts as
+    posted in this epoch; `agreed`: all have posted Sealed. `replicas`: what its ranks say they have in common with
+    others, until all have. `freed`: superseded, only its facts are left. `records`: number -> seal record of each
+    member of the group, its own too."""
 
     snapshot: SnapshotId
     string: int
     shape: Shape
     step: int | None = None
+    world: int = 1
     capturing: bool = False
     data: bool = False
     area: int | None = None
@@ -61,6 +62,7 @@ class Holding(msgspec.Struct):
             self.data,
             self.encoded or (self.data and self.shape.parity == 0),
             self.parity is True,
+            self.world,
         )
 
 

@@ -66,6 +66,15 @@ class Protector:
         assert snapshot is not None
         self._give(snapshot, "parity", {f"parity/{parity}": source for parity, source in enumerate(sources)})
 
+    def give_shares(self, sealed: SealedGroup, number: int) -> None:
+        """Others may pull the parities that this node, member `number`, has to make for them, though its own are made
+        long since: somebody new holds them now."""
+        encoding = self._encoding(sealed, number)
+        encoding.shares.is_made()
+        with self._lock:
+            self._encodings[sealed.snapshot] = encoding
+        self._give(sealed.snapshot, "parity", encoding.shares.sources())
+
     def withdraw(self, snapshot: SnapshotId, part: Part) -> None:
         """Others get it no longer; returns when nobody reads it. Idempotent."""
         with self._lock:
@@ -99,8 +108,7 @@ class Protector:
         and gives them; returns when they are complete. Shares for others are given from the beginning until `withdraw`.
         """
         self.withdraw(sealed.snapshot, "parity")
-        names = {member: self._members[member] for member in sealed.group.nodes}
-        encoding = Encoding(sealed, number, names, self._fetcher, self.buffers, self._throttle, self._patience_s)
+        encoding = self._encoding(sealed, number)
         with self._lock:
             self._encodings[sealed.snapshot] = encoding
         try:
@@ -158,6 +166,10 @@ class Protector:
     def verify_parity(self, area: ParityArea, cancellation: Cancellation | None = None) -> None:
         """Raises CorruptionError where an area is not what its checksums say."""
         area.check(turns(self._throttle, cancellation, "verifying a parity"))
+
+    def _encoding(self, sealed: SealedGroup, number: int) -> Encoding:
+        names = {member: self._members[member] for member in sealed.group.nodes}
+        return Encoding(sealed, number, names, self._fetcher, self.buffers, self._throttle, self._patience_s)
 
     def _reading(self, sealed: SealedGroup, number: int, holders: Holders) -> Reading:
         return Reading(sealed, number, holders, self._fetcher, self.buffers, self._throttle)

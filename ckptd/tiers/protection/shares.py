@@ -73,6 +73,11 @@ class Shares:
             self._drop(self.rows if self._closed else min(self._wanted, default=self.rows))
             self._changed.notify_all()
 
+    def is_made(self) -> None:
+        """Every row has been encoded before, and none is kept: each is made again for who asks."""
+        with self._changed:
+            self._encoded.update(range(self.rows))
+
     def close(self) -> None:
         """Answers nobody any more. Idempotent."""
         with self._changed:

@@ -1,0 +1,312 @@
+"""The daemon's work for protection: carries out Describe, Encode, Rebuild and Verify of the member machine, in threads.
+
+Owns the parity areas, what others may pull of each snapshot, and what runs. Bytes are tiers/protection's to move.
+
+Invariants: work of an older epoch ends without a word to the machine; memory is given to others only while the machine
+holds it, and an area is written anew only when nobody reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import msgspec
+
+from ckptd.core.errors import CkptdError, CorruptionError, DaemonError, UnrecoverableError
+from ckptd.core.types import SnapshotId
+from ckptd.daemon.network import Network
+from ckptd.plan.stripe import Group
+from ckptd.protocol.cluster import messages as cluster
+from ckptd.protocol.cluster.state import ClusterState, Holding
+from ckptd.protocol.messages import SlotInfo
+from ckptd.protocol.node import NodeMachine
+from ckptd.tiers.arena import Slot
+from ckptd.tiers.peers import Cancellation
+from ckptd.tiers.protection import Holders, ParityArea, Protector, SealedGroup, SealRecord
+
+log = logging.getLogger("ckptd.daemon")
+
+Work = cluster.Describe | cluster.Encode | cluster.Rebuild | cluster.Verify
+
+
+class Memory(Protocol):
+    """The arena, as far as protection needs it."""
+
+    def slots_of(self, snapshot: SnapshotId) -> list[Slot]:
+        """Of a grant that is held here, by rank."""
+
+    def take_over(self, number: int, slot: Slot) -> None:
+        """Keeps a slot that was made here."""
+
+    @property
+    def areas(self) -> dict[int, ParityArea]:
+        """Parity areas by number."""
+
+    def keep_area(self, number: int, area: ParityArea) -> None:
+        """Keeps a parity area in the place of another."""
+
+
+class Protection:
+    """See the module docstring. `acted`: something was said to the machine."""
+
+    def __init__(
+        self,
+        machine: NodeMachine,
+        network: Network,
+        memory: Memory,
+        acted: Callable[[], None],
+    ) -> None:
+        self._machine, self._network, self._memory, self._acted = machine, network, memory, acted
+        self._protector: Protector | None = None
+        self._running: dict[tuple[SnapshotId, str], Cancellation] = {}
+        self._names: dict[SnapshotId, SnapshotId] = {}
+        """Grant -> name of what others may pull."""
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._withdrawing: set[asyncio.Future[None]] = set()
+
+    @property
+    def _state(self) -> ClusterState:
+        return self._machine.state.cluster
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of all parity areas."""
+        return sum(area.memory_bytes for area in self._memory.areas.values())
+
+    def begin(self) -> None:
+        """An epoch has begun, or this daemon has taken it over: what is held here is given to others."""
+        self._stop(lambda snapshot, kind: True)
+        if self._protector is not None:
+            self._protector.close()
+            self._protector = None
+        number, names = self._state.number, self._network.names
+        if number is None or not names:
+            return
+        members = dict(enumerate(names))
+        self._protector = Protector(
+            members[number], members, self._network.peers, self._network.sources, self._network.throttle
+        )
+        for holding in self._state.holdings:
+            self._give(holding)
+
+    def _give(self, holding: Holding) -> None:
+        assert self._protector is not None
+        name = holding.name
+        if name is None:
+            return
+        self._names[holding.snapshot] = name
+        own = holding.records.get(holding.string)
+        if holding.data and own is not None:
+            self._protector.give_string(name, self._memory.slots_of(holding.snapshot), SealRecord.decode(own))
+        area = None if holding.area is None else self._memory.areas.get(holding.area)
+        if holding.encoded and area is not None:
+            assert self._state.number is not None
+            group = Group(holding.shape.group_of(holding.string), holding.shape.parity)
+            records = {number: SealRecord.decode(raw) for number, raw in holding.records.items()}
+            try:
+                self._protector.give_parity(area)
+                if holding.string == self._state.number and self._state.is_current(holding.snapshot):
+                    self._protector.give_shares(SealedGroup(name, group, records), holding.string)
+            except CkptdError as error:
+                log.error("parities of %s: %s", name, error)
+
+    def freed(self, action: cluster.Free) -> None:
+        """Whatever works on it ends, and others get it no longer."""
+        kinds = ("Encode",) if action.part == "parity" else ("Describe", "Rebuild", "Verify")
+        self._stop(lambda snapshot, kind: snapshot == action.snapshot and kind in kinds)
+        name = self._names.get(action.snapshot)
+        if self._protector is not None and name is not None:
+            task = asyncio.ensure_future(asyncio.to_thread(self._protector.withdraw, name, action.part))
+            self._withdrawing.add(task)
+            task.add_done_callback(self._withdrawing.discard)
+        if self._state.find(action.snapshot) is None:
+            self._names.pop(action.snapshot, None)
+
+    def close(self) -> None:
+        """Everything ends; areas go with the arena."""
+        self._stop(lambda snapshot, kind: True)
+        if self._protector is not None:
+            self._protector.close()
+
+    def _stop(self, wanted: Callable[[SnapshotId, str], bool]) -> None:
+        for key in [key for key in self._running if wanted(*key)]:
+            self._running.pop(key).cancel()
+
+    # --- work
+
+    def carry_out(self, action: Work) -> None:
+        """Begins some work; the machine hears how it ends."""
+        holding, protector = self._state.find(action.snapshot), self._protector
+        if holding is None or holding.name is None or protector is None:
+            self._failed(action, DaemonError("no epoch with other nodes has begun here"))
+            return
+        self._names[action.snapshot] = holding.name
+        task = _Task(action, holding, protector, self._network, self._state, self._memory.areas, Cancellation())
+        if not isinstance(action, cluster.Rebuild):
+            task.slots = [slot.duplicate() for slot in self._memory.slots_of(action.snapshot)]
+        self._running[action.snapshot, type(action).__name__] = task.cancellation
+        running = asyncio.ensure_future(self._run(task))
+        self._tasks.add(running)
+        running.add_done_callback(self._tasks.discard)
+
+    async def _run(self, task: _Task) -> None:
+        action, epoch, kind = task.action, self._state.epoch, type(task.action).__name__
+        failure: Exception | None = None
+        try:
+            if self._withdrawing:
+                await asyncio.wait(self._withdrawing)
+            await asyncio.to_thread(task.run)
+        except (CkptdError, OSError) as error:
+            failure = error
+        except Exception as error:
+            log.exception("%s of %s", kind, task.name)
+            failure = error
+        finally:
+            for slot in task.slots:
+                slot.close()
+        key = (action.snapshot, kind)
+        if self._running.get(key) is task.cancellation:
+            del self._running[key]
+        if self._state.epoch != epoch or task.cancellation.cancelled:
+            task.discard()
+        elif failure is not None:
+            log.warning("%s of %s: %s", kind, task.name, failure)
+            self._failed(action, failure)
+        else:
+            self._done(task)
+        self._acted()
+
+    def _failed(self, action: Work, error: Exception) -> None:
+        job, damaged = self._machine.job, isinstance(error, CorruptionError)
+        match action:
+            case cluster.Describe():
+                job.describing_failed(action.snapshot, damaged)
+            case cluster.Encode():
+                job.encoding_failed(action.snapshot)
+            case cluster.Rebuild():
+                if isinstance(error, UnrecoverableError):
+                    self._machine.unrecoverable(action.snapshot, str(error))
+                job.rebuilding_failed(action.snapshot)
+            case cluster.Verify():
+                job.verified(action.snapshot, action.part, not damaged)
+
+    def _done(self, task: _Task) -> None:
+        job = self._machine.job
+        match task.action:
+            case cluster.Describe(snapshot=snapshot):
+                assert task.record is not None
+                job.described(snapshot, task.record.encode())
+            case cluster.Encode(snapshot=snapshot, area=number):
+                assert task.area is not None
+                if self._memory.areas.get(number) is not task.area:
+                    self._memory.keep_area(number, task.area)
+                job.encoded(snapshot)
+            case cluster.Rebuild(snapshot=snapshot):
+                assert task.record is not None
+                numbers = self._machine.rebuilt(snapshot, [_info(slot) for slot in task.made], task.record.encode())
+                for number, slot in zip(numbers, task.made, strict=False):
+                    self._memory.take_over(number, slot)
+                if not numbers:
+                    task.discard()
+                elif self._protector is not None:
+                    self._protector.give_string(task.name, task.made, task.record)
+            case cluster.Verify(snapshot=snapshot, part=part):
+                job.verified(snapshot, part, True)
+
+
+def _info(slot: Slot) -> SlotInfo:
+    geometry = slot.geometry
+    return SlotInfo(0, geometry.rank, geometry.digest, geometry.size, slot.frozen_bytes)
+
+
+class _Task:
+    """One piece of work; `run` is called in a thread."""
+
+    def __init__(
+        self,
+        action: Work,
+        holding: Holding,
+        protector: Protector,
+        network: Network,
+        state: ClusterState,
+        areas: Mapping[int, ParityArea],
+        cancellation: Cancellation,
+    ) -> None:
+        assert holding.name is not None
+        assert state.number is not None
+        self.action, self.name, self.cancellation = action, holding.name, cancellation
+        self.slots: list[Slot] = []
+        self.made: list[Slot] = []
+        self.record: SealRecord | None = None
+        self.area: ParityArea | None = None
+        self._protector, self._network = protector, network
+        self._group = Group(holding.shape.group_of(state.number), holding.shape.parity)
+        self._number, self._names = state.number, network.names
+        self._records = dict(holding.records)
+        self._encoded = holding.encoded
+        wanted = action.area if isinstance(action, cluster.Encode) else holding.area
+        self._held = None if wanted is None else areas.get(wanted)
+
+    def run(self) -> None:
+        """Raises CkptdError."""
+        match self.action:
+            case cluster.Describe():
+                self.record = self._protector.describe(self.name, self.slots, self.cancellation)
+                self._protector.give_string(self.name, self.slots, self.record)
+            case cluster.Encode():
+                self._encode()
+            case cluster.Rebuild():
+                self._rebuild()
+            case cluster.Verify(part="parity"):
+                if self._held is not None:
+                    self._protector.verify_parity(self._held, self.cancellation)
+            case cluster.Verify():
+                self._verify_string()
+
+    def discard(self) -> None:
+        """Nobody wants what was made."""
+        for slot in self.made:
+            slot.close()
+        if self.area is not None and self.area is not self._held:
+            self.area.close()
+
+    def _sealed(self) -> SealedGroup:
+        records = {number: SealRecord.decode(raw) for number, raw in self._records.items()}
+        return SealedGroup(self.name, self._group, records)
+
+    def _encode(self) -> None:
+        sealed = self._sealed()
+        self.area = self._held
+        if self.area is None or self.area.parity_bytes < sealed.striping.parity_bytes:
+            self.area = ParityArea.create(sealed.striping.parity_bytes)
+        self._protector.encode(sealed, self._number, self.area, self.cancellation)
+
+    def _rebuild(self) -> None:
+        self._gather_records()
+        sealed = self._sealed()
+        others = {number: [self._names[number]] for number in self._group.nodes if number != self._number}
+        own = [self._names[self._number]] if self._encoded else []
+        holders = Holders({**others, self._number: []}, {**others, self._number: own})
+        self.record = sealed.records[self._number]
+        self.made = self._protector.rebuild(sealed, self._number, holders, self.cancellation)
+
+    def _gather_records(self) -> None:
+        """Each member of the group has those of all."""
+        for number in self._group.nodes:
+            if number == self._number or self._records.keys() >= set(self._group.nodes):
+                continue
+            try:
+                raw = self._network.ask(self._names[number], "records", msgspec.msgpack.encode(self.name))
+                self._records = msgspec.msgpack.decode(raw, type=dict[int, bytes]) | self._records
+            except (CkptdError, msgspec.MsgspecError) as error:
+                log.warning("seal records of %s from node %s: %s", self.name, self._names[number], error)
+
+    def _verify_string(self) -> None:
+        raw = self._records.get(self._number)
+        if raw is None:
+            self._protector.describe(self.name, self.slots, self.cancellation)
+        else:
+            self._protector.verify_string(self.name, self.slots, SealRecord.decode(raw), self.cancellation)
