@@ -1,4 +1,4 @@
-"""A job of many members without faults: every message arrives, work is done at once. Counts what each member sends."""
+"""A job of many members without faults: every message arrives, work is done at once."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ def epoch(number: int) -> Epoch:
 
 
 class Job:
-    """Members in one epoch; `said`: what each asked its daemon to do, but for messages; `sent`: those, in bytes."""
+    """Members in one epoch; `said`: what each asked its daemon to do, but for messages."""
 
     def __init__(self, count: int, group: int, parity: int, slots: int = 3, fan_out: int = FAN_OUT) -> None:
         groups = tuple(tuple(range(first, first + group)) for first in range(0, count, group))
         arenas = tuple(f"n{number}" for number in range(count))
         self.membership, self.slots = Membership(EPOCH, arenas, (), Shape(groups, parity)), slots
         self.machines = [MemberMachine(ClusterState(arena), POLICY, fan_out) for arena in arenas]
-        self.sent: list[list[int]] = [[] for _ in arenas]
         self.said: list[list[m.MemberAction]] = [[] for _ in arenas]
         self._queue: collections.deque[tuple[int, m.BetweenDaemons]] = collections.deque()
         begin = m.Begin(EPOCH, self.membership, None, 0, False, 0, {}, None)
@@ -75,5 +74,4 @@ class Job:
                 machine.encoded(action.snapshot)
                 self._carry_out(number)
             elif isinstance(action, m.Tell) and action.arena != "launch":
-                self.sent[number].append(len(m.encode(action.message)))
                 self._queue.append((int(action.arena[1:]), action.message))

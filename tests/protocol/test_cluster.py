@@ -189,18 +189,6 @@ def test_all_are_told_the_same(slots: int) -> None:
     assert all(others == announced[0] for others in announced)
 
 
-def test_traffic_of_a_member_does_not_grow_with_the_job() -> None:
-    """The busiest member sends as much in a job of 288 as in one of 96, where the tree is as full."""
-    most = []
-    for count in (96, 288):
-        job = Job(count, 4, 1)
-        before = [len(sent) for sent in job.sent]
-        for step in range(8):
-            job.steps(step)
-        most.append(max(sum(sent[old:]) for sent, old in zip(job.sent, before, strict=True)))
-    assert most[1] <= 1.5 * most[0]
-
-
 @pytest.mark.parametrize("slots", [2, 3])
 def test_parity_is_not_given_up_before_anything_follows(slots: int) -> None:
     """With two slots nothing could follow any more; three do not need it, since what follows has a slot."""
