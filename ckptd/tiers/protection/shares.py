@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from ckptd.core.errors import NotFoundError
-from ckptd.core.native import crc32c
+from ckptd.core.native import address_of, copy_bytes, crc32c
 from ckptd.tiers.peers import Cancellation
 from ckptd.tiers.protection.work import ROW_BYTES, Buffers, Bytes, stop_if
 
@@ -101,20 +101,20 @@ class Shares:
                     return False
             return not self._closed
 
-    def read(self, holder: int, offset: int, into: memoryview) -> None:
-        """Copies a part of one row of a holder's parity."""
+    def read(self, holder: int, offset: int, into: memoryview) -> int:
+        """Copies a part of one row of a holder's parity; its CRC-32C."""
         row, inside = divmod(offset, ROW_BYTES)
         with self._changed:
             self._heard_s[holder] = time.monotonic()
             kept = self._kept.get(row)
             if kept is not None:
-                into[:] = kept[holder].data[inside : inside + len(into)]
-                return
+                return copy_bytes(address_of(kept[holder]) + inside, into)
             if self._closed or row not in self._encoded:
                 raise NotFoundError(f"row {row}: is not encoded yet")
         self._read_again(holder, offset, into)
         with self._changed:
             self._heard_s[holder] = time.monotonic()
+        return crc32c(into)
 
     def sources(self) -> dict[str, ShareSource | ReadySource]:
         """Name -> what others read."""
@@ -161,8 +161,7 @@ class ShareSource:
 
     def read(self, offset: int, into: memoryview) -> int:
         """Copies a part of one row."""
-        self._shares.read(self._holder, offset, into)
-        return crc32c(into)
+        return self._shares.read(self._holder, offset, into)
 
     def close(self) -> None:
         """Nothing is its own."""
