@@ -26,6 +26,8 @@ from ckptd.tiers.protection.shares import Shares
 from ckptd.tiers.protection.work import ROW_BYTES, WORKERS, Buffers, Bytes, pause, together
 
 RETRY_S = 0.05
+COURTESY_S = 5.0
+"""For questions whose answer only saves work."""
 
 
 class Encoding:
@@ -114,7 +116,8 @@ class Encoding:
             holder = members[(members.index(self._number) + parity) % len(members)]
             with contextlib.suppress(CkptdError):
                 peer = self._fetcher.peers[self._names[holder]]
-                peer.pull(self._sealed.snapshot, f"parity/{parity}", 0, memoryview(answer), cancellation=stop)
+                what = f"parity/{parity}"
+                peer.pull(self._sealed.snapshot, what, 0, memoryview(answer), deadline_s=COURTESY_S, cancellation=stop)
                 self.shares.is_ready(parity - 1, self.shares.rows)
 
     # --- the others' stripes
@@ -130,8 +133,8 @@ class Encoding:
                 self._pull_share(row, target.position - k, buffer, stop)
                 area.write(target.offset, buffer[: row.length].data)
         for parity, encoder in encoders.items():
-            with contextlib.suppress(CkptdError):  # a kindness: it need not keep the last rows
-                self._ready(self._names[encoder], parity, -(-self._lengths[parity] // ROW_BYTES), stop)
+            with contextlib.suppress(CkptdError):  # so that it need not keep the last rows
+                self._ready(self._names[encoder], parity, -(-self._lengths[parity] // ROW_BYTES), stop, COURTESY_S)
 
     def _pull_share(self, row: Row, parity: int, buffer: Bytes, stop: Cancellation) -> None:
         """Asks as long as the encoder answers, and for a while if it does not: it may begin later, or again."""
@@ -159,8 +162,8 @@ class Encoding:
                     ) from None
                 pause(stop, RETRY_S)
 
-    def _ready(self, encoder: str, parity: int, row: int, stop: Cancellation) -> bool:
+    def _ready(self, encoder: str, parity: int, row: int, stop: Cancellation, deadline_s: float | None = None) -> bool:
         answer = bytearray(1)
-        peer = self._fetcher.peers[encoder]
-        peer.pull(self._sealed.snapshot, f"ready/{parity}", row, memoryview(answer), cancellation=stop)
+        peer, what = self._fetcher.peers[encoder], f"ready/{parity}"
+        peer.pull(self._sealed.snapshot, what, row, memoryview(answer), deadline_s=deadline_s, cancellation=stop)
         return answer[0] == 1
