@@ -322,17 +322,19 @@ class MemberMachine:
                 self._done = True
                 self._out.append(m.Leave())
             return
-        before = None
+        before: tuple[m.Facts, m.Decided] | None = None
+        up: m.Facts | None = None
         while before != (own := self._own(), self._known):
             before = (own, self._known)
             if self._root is not None:
-                self._learn(self._root.decide(state, self._up(own), self.now_s))
+                up = self._up(own)
+                self._learn(self._root.decide(state, up, self.now_s))
                 self._commit()
             self._follow()
             self._protect()
             self._flush()
             self._free()
-        up = self._up(own)
+        up = up or self._up(own)
         self._tell(up)
         if self._known.closed and up.standing.parted and not self._done:
             self._done = True
