@@ -91,7 +91,7 @@ class Network:
         self._server: PeerServer | None = None
         self._peers: dict[str, Peer] = {}
         self._outboxes: dict[str, _Outbox] = {}
-        self._pulling: Peers | None = None
+        self._pulling = Peers({})
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="peers")
         self._loop = asyncio.get_running_loop()
 
@@ -177,15 +177,15 @@ class Network:
 
     @property
     def names(self) -> list[str]:
-        """Nodes of the members, in the order of their numbers; empty in a job on one node."""
+        """Nodes of the members, in the order of their numbers; in a job on one node, that."""
         kept = self._kept
-        return [] if kept is None or kept.directory is None else [member.node for member in kept.directory.members]
+        if kept is None or kept.directory is None:
+            return [self._node]
+        return [member.node for member in kept.directory.members]
 
     @property
     def peers(self) -> Peers:
         """To pull from; in threads."""
-        if self._pulling is None:
-            raise DaemonError("no epoch with other nodes has begun here")
         return self._pulling
 
     def ask(self, node: str, kind: str, body: bytes, deadline_s: float = MESSAGE_S) -> bytes:
@@ -288,9 +288,8 @@ class Network:
         self._outboxes.clear()
         for peer in self._peers.values():
             peer.close()
-        if self._pulling is not None:
-            self._pulling.close()
-        self._peers, self._pulling = {}, None
+        self._pulling.close()
+        self._peers, self._pulling = {}, Peers({})
         if self._server is not None:
             with contextlib.suppress(CkptdError):
                 self._server.close(deadline_s=1.0)

@@ -23,6 +23,7 @@ from ckptd.protocol import messages as m
 from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.cluster.facts import children_of, parent_of
 from ckptd.protocol.node import NodeMachine
+from ckptd.tiers.arena import Slot
 from ckptd.tiers.peers import Announcement, Throttle
 
 log = logging.getLogger("ckptd.daemon")
@@ -68,13 +69,15 @@ class Others:
     def resume(self) -> None:
         """Goes on where the daemon before has left."""
         membership = self._machine.state.cluster.membership
-        if membership is not None and len(membership.arenas) > 1:
+        if membership is None:
+            return
+        if len(membership.arenas) > 1:
             try:
                 self._network.resume(membership.epoch, self._throttle(self._machine.state.policy))
             except ConfigError as error:
                 log.error("this node is cut off from the others until the next epoch: %s", error)
                 return
-            self._protection.begin()
+        self._protection.begin()
 
     def contact(self, message: m.Prepare) -> bytes:
         """How others will find this node in an epoch that is promised. Raises ConfigError."""
@@ -100,12 +103,16 @@ class Others:
     def meet(self) -> None:
         """Raises ConfigError for a node that this one works with and cannot talk to. In a thread."""
         state, names = self._machine.state.cluster, self._network.names
-        if state.number is None or state.membership is None or not names:
+        if state.number is None or state.membership is None:
             return
         parent = parent_of(state.number)
         wanted = {*state.membership.shape.group_of(state.number), *children_of(state.number, len(names))}
         wanted |= set() if parent is None else {parent}
         self._network.meet([names[number] for number in sorted(wanted - {state.number})])
+
+    async def lend(self, message: m.Borrow) -> list[Slot]:
+        """Strings that a rank wants to restore from. Raises CkptdError."""
+        return await self._protection.lend(message)
 
     async def leave(self) -> None:
         """Everything ends, once what is under way has been said."""
@@ -129,7 +136,7 @@ class Others:
         match action:
             case cluster.Tell(arena=arena, message=message):
                 membership = self._machine.state.cluster.membership
-                if membership is not None and arena in membership.arenas and self._network.names:
+                if membership is not None and arena in membership.arenas:
                     node = self._network.names[membership.arenas.index(arena)]
                     self._network.tell(node, key_of(message), message)
             case cluster.Describe() | cluster.Encode() | cluster.Rebuild() | cluster.Verify():
@@ -143,7 +150,7 @@ class Others:
 
     def tick(self, now_s: float) -> None:
         """Time passes."""
-        if not self._network.names:
+        if len(self._network.names) == 1:
             return
         if now_s - self._said_at >= REPEAT_S:
             self._said_at = now_s

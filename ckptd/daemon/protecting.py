@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -21,7 +21,7 @@ from ckptd.daemon.network import Network
 from ckptd.plan.stripe import Group
 from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.cluster.state import ClusterState, Holding
-from ckptd.protocol.messages import SlotInfo
+from ckptd.protocol.messages import Borrow, SlotInfo
 from ckptd.protocol.node import NodeMachine
 from ckptd.tiers.arena import Slot
 from ckptd.tiers.peers import Cancellation
@@ -66,6 +66,7 @@ class Protection:
         """Grant -> name of what others may pull."""
         self._tasks: set[asyncio.Future[None]] = set()
         self._withdrawing: set[asyncio.Future[None]] = set()
+        self._lent: dict[tuple[SnapshotId, tuple[int, ...]], asyncio.Future[list[Slot]]] = {}
 
     @property
     def _state(self) -> ClusterState:
@@ -79,11 +80,12 @@ class Protection:
     def begin(self) -> None:
         """An epoch has begun, or this daemon has taken it over: what is held here is given to others."""
         self._stop(lambda snapshot, kind: True)
+        self._give_back()
         if self._protector is not None:
             self._protector.close()
             self._protector = None
         number, names = self._state.number, self._network.names
-        if number is None or not names:
+        if number is None or number >= len(names):
             return
         members = dict(enumerate(names))
         self._protector = Protector(
@@ -113,6 +115,43 @@ class Protection:
             except CkptdError as error:
                 log.error("parities of %s: %s", name, error)
 
+    async def lend(self, wanted: Borrow) -> list[Slot]:
+        """Strings of another membership, made anew from what its members hold; for every rank that asks, once. Raises
+        CkptdError."""
+        key = (wanted.snapshot, tuple(wanted.strings))
+        if key not in self._lent:
+            self._lent[key] = asyncio.ensure_future(asyncio.to_thread(self._make, wanted))
+        return await asyncio.shield(self._lent[key])
+
+    def _make(self, wanted: Borrow) -> list[Slot]:
+        membership = self._state.membership
+        if self._protector is None or membership is None:
+            raise DaemonError("no epoch with other nodes has begun here")
+        name = SnapshotId(wanted.snapshot.epoch, wanted.step)
+        nodes = dict(zip(membership.arenas, self._network.names, strict=True))
+        made: list[Slot] = []
+        for string in wanted.strings:
+            group = Group(wanted.shape.group_of(string), wanted.shape.parity)
+            strings: dict[int, list[str]] = {number: [] for number in group.nodes}
+            parities: dict[int, list[str]] = {number: [] for number in group.nodes}
+            for arena, (number, data, parity) in wanted.held.items():
+                if arena in nodes and number in strings:
+                    strings[number] += [nodes[arena]] if data else []
+                    parities[number] += [nodes[arena]] if parity else []
+            asked = sorted({node for held in (*strings.values(), *parities.values()) for node in held})
+            records = seal_records(self._network, name, group, asked, self._records_of(name))
+            made += self._protector.rebuild(SealedGroup(name, group, records), string, Holders(strings, parities))
+        return made
+
+    def _records_of(self, name: SnapshotId) -> dict[int, bytes]:
+        return next((dict(h.records) for h in self._state.holdings if h.name == name), {})
+
+    def _give_back(self) -> None:
+        """What was lent to an older epoch is needed no more."""
+        for future in self._lent.values():
+            future.add_done_callback(_close_lent)
+        self._lent.clear()
+
     def freed(self, action: cluster.Free) -> None:
         """Whatever works on it ends, and others get it no longer."""
         kinds = ("Encode",) if action.part == "parity" else ("Describe", "Rebuild", "Verify")
@@ -128,6 +167,7 @@ class Protection:
     def close(self) -> None:
         """Everything ends; areas go with the arena."""
         self._stop(lambda snapshot, kind: True)
+        self._give_back()
         if self._protector is not None:
             self._protector.close()
 
@@ -206,7 +246,9 @@ class Protection:
                 job.encoded(snapshot)
             case cluster.Rebuild(snapshot=snapshot):
                 assert task.record is not None
-                numbers = self._machine.rebuilt(snapshot, [_info(slot) for slot in task.made], task.record.encode())
+                numbers = self._machine.rebuilt(
+                    snapshot, [slot_info(0, slot) for slot in task.made], task.record.encode()
+                )
                 for number, slot in zip(numbers, task.made, strict=False):
                     self._memory.take_over(number, slot)
                 if not numbers:
@@ -217,9 +259,10 @@ class Protection:
                 job.verified(snapshot, part, True)
 
 
-def _info(slot: Slot) -> SlotInfo:
+def slot_info(number: int, slot: Slot) -> SlotInfo:
+    """A slot as messages name it."""
     geometry = slot.geometry
-    return SlotInfo(0, geometry.rank, geometry.digest, geometry.size, slot.frozen_bytes)
+    return SlotInfo(number, geometry.rank, geometry.digest, geometry.size, slot.frozen_bytes)
 
 
 class _Task:
@@ -285,24 +328,14 @@ class _Task:
         self._protector.encode(sealed, self._number, self.area, self.cancellation)
 
     def _rebuild(self) -> None:
-        self._gather_records()
-        sealed = self._sealed()
-        others = {number: [self._names[number]] for number in self._group.nodes if number != self._number}
+        others = [self._names[number] for number in self._group.nodes if number != self._number]
+        records = seal_records(self._network, self.name, self._group, others, self._records)
+        sealed = SealedGroup(self.name, self._group, records)
+        held = {number: [self._names[number]] for number in self._group.nodes if number != self._number}
         own = [self._names[self._number]] if self._encoded else []
-        holders = Holders({**others, self._number: []}, {**others, self._number: own})
+        holders = Holders({**held, self._number: []}, {**held, self._number: own})
         self.record = sealed.records[self._number]
         self.made = self._protector.rebuild(sealed, self._number, holders, self.cancellation)
-
-    def _gather_records(self) -> None:
-        """Each member of the group has those of all."""
-        for number in self._group.nodes:
-            if number == self._number or self._records.keys() >= set(self._group.nodes):
-                continue
-            try:
-                raw = self._network.ask(self._names[number], "records", msgspec.msgpack.encode(self.name))
-                self._records = msgspec.msgpack.decode(raw, type=dict[int, bytes]) | self._records
-            except (CkptdError, msgspec.MsgspecError) as error:
-                log.warning("seal records of %s from node %s: %s", self.name, self._names[number], error)
 
     def _verify_string(self) -> None:
         raw = self._records.get(self._number)
@@ -310,3 +343,25 @@ class _Task:
             self._protector.describe(self.name, self.slots, self.cancellation)
         else:
             self._protector.verify_string(self.name, self.slots, SealRecord.decode(raw), self.cancellation)
+
+
+def seal_records(
+    network: Network, name: SnapshotId, group: Group, nodes: Sequence[str], known: Mapping[int, bytes]
+) -> dict[int, SealRecord]:
+    """Of all members of a group, as far as they are `known` or one of the nodes has them: each has those of all."""
+    found = dict(known)
+    for node in nodes:
+        if found.keys() >= set(group.nodes):
+            break
+        try:
+            raw = network.ask(node, "records", msgspec.msgpack.encode(name))
+            found = msgspec.msgpack.decode(raw, type=dict[int, bytes]) | found
+        except (CkptdError, msgspec.MsgspecError) as error:
+            log.warning("seal records of %s from node %s: %s", name, node, error)
+    return {number: SealRecord.decode(raw) for number, raw in found.items() if number in group.nodes}
+
+
+def _close_lent(future: asyncio.Future[list[Slot]]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        for slot in future.result():
+            slot.close()

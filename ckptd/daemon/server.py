@@ -33,6 +33,7 @@ from ckptd.daemon.arena import Arena, close_all
 from ckptd.daemon.flush import Stores
 from ckptd.daemon.others import Others
 from ckptd.daemon.processes import Watch, identify
+from ckptd.daemon.protecting import slot_info
 from ckptd.daemon.wire import readable, receive, send
 from ckptd.observe.logging import to_stderr
 from ckptd.protocol import messages as m
@@ -192,6 +193,9 @@ class Daemon:
             case m.Meet():
                 self._meet(peer)
                 known = False
+            case m.Borrow():
+                self._lend(peer, message)
+                known = False
             case m.Pieces() if descriptors:
                 self._take_pieces(peer, descriptors.pop())
             case m.Layout():
@@ -324,6 +328,26 @@ class Daemon:
             self._send(Send(peer.number, m.Refuse(type(error).__name__, str(error)[: m.MAX_TEXT])))
             return False
         return True
+
+    def _lend(self, peer: Peer, message: m.Borrow) -> None:
+        async def lend() -> None:
+            try:
+                slots = await self._others.lend(message)
+            except CkptdError as error:
+                refusal = m.Refuse(type(error).__name__, str(error)[: m.MAX_TEXT])
+                self._send(Send(peer.number, refusal))
+                return
+            infos = [slot_info(0, slot) for slot in slots]
+            descriptors = [_read_only(descriptor) for slot in slots for descriptor in slot.descriptors]
+            if peer.number in self._peers:
+                peer.backlog.append((m.Lent(infos), descriptors))
+                self._drain(peer)
+            else:
+                close_all(descriptors)
+
+        task = asyncio.ensure_future(lend())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _meet(self, peer: Peer) -> None:
         def met(error: str | None) -> None:

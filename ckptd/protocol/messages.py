@@ -14,6 +14,7 @@ import msgspec
 from ckptd.core.errors import FormatError
 from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.protocol.cluster import messages as cluster
+from ckptd.protocol.cluster.facts import Shape
 
 PROTOCOL = 1
 """Version of this protocol; a Hello or Prepare with another one is refused."""
@@ -101,6 +102,25 @@ class Begin(Message, frozen=True):
 class Meet(Message, frozen=True):
     """For rank 0, once the epoch has begun everywhere: see whether the nodes that this one works with can be talked to.
     Answer: Met or Refuse."""
+
+
+class Borrow(Message, frozen=True):
+    """A rank wants `strings` of the snapshot of a grant, as it was captured on nodes of another number or by others, to
+    restore from: this node makes them anew, for all its ranks once. `held`: arena -> the string that it holds, whether
+    whole, and whether with its parities. Answer: Lent or Refuse."""
+
+    snapshot: SnapshotId
+    step: Count
+    shape: Shape
+    strings: list[Count]
+    held: dict[str, tuple[Count, bool, bool]]
+
+    def __post_init__(self) -> None:
+        _check_snapshot(self.snapshot)
+        cluster.check_shape(self.shape, self.shape.count)
+        for string in (*self.strings, *(string for string, _, _ in self.held.values())):
+            if string >= self.shape.count:
+                raise FormatError(f"string {string} of {self.shape.count}")
 
 
 class Hello(Message, frozen=True):
@@ -244,6 +264,12 @@ class SlotInfo(msgspec.Struct, frozen=True):
     frozen_bytes: int = 0
 
 
+class Lent(Message, frozen=True):
+    """Answer to Borrow: slots to restore from, with descriptors as beside Welcome."""
+
+    restore: list[SlotInfo]
+
+
 class Welcome(Message, frozen=True):
     """The rank is in. `slots` of it are ready, `pending` ones are not. `restore` lists the slots of the restore point,
     whose read-only descriptors travel beside: of the slot, then of its frozen region where it has one."""
@@ -336,6 +362,7 @@ ToDaemon = (
     Prepare
     | Begin
     | Meet
+    | Borrow
     | Hello
     | Pieces
     | Layout
@@ -356,6 +383,7 @@ FromDaemon = (
     | Refuse
     | Begun
     | Met
+    | Lent
     | Welcome
     | Survey
     | Plan

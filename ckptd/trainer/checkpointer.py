@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ckptd.core.config import Options, World
-from ckptd.core.errors import ConfigError, FormatError
+from ckptd.core.errors import ConfigError, FormatError, UnrecoverableError
 from ckptd.core.types import Job, Level, SnapshotId
 from ckptd.daemon.address import Address, address_of
 from ckptd.daemon.session import Session
@@ -150,7 +150,7 @@ class Checkpointer:
             try:
                 age_s = self._load(entry)
                 break
-            except FormatError as error:
+            except (FormatError, UnrecoverableError) as error:
                 assert choice.snapshot is not None
                 entry.connection.close()
                 excluded.append((choice.snapshot, choice.source))

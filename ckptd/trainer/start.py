@@ -46,6 +46,8 @@ log = logging.getLogger("ckptd")
 ATTEMPTS = 5
 BEGIN_S = 120.0
 HELLO_S = 30.0
+BORROW_S = 600.0
+"""What is made anew from other nodes' memory takes its time, and Hello waits for it."""
 
 MEMORY, STORE, NOTHING = "memory", "store", "none"
 
@@ -80,6 +82,8 @@ class _Begun(msgspec.Struct, frozen=True):
     choice: Choice
     begin: between.Begin
     directory: bytes
+    borrowed: dict[str, m.Borrow]
+    """Arena -> what of the restore point its node has to make anew."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Start:
     def enter(self) -> Entry:
         """Begins an epoch and joins it. Raises ConfigError, NotFoundError, StoreError, DaemonError, the same on every
         rank."""
-        choice = self._begin()
+        choice, borrowed = self._begin()
         hello = m.Hello(
             m.PROTOCOL,
             self.address.job.name,
@@ -114,13 +118,26 @@ class Start:
 
         def join() -> bytes:
             joined.append(_hello(self.address, hello))
+            if borrowed is not None:
+                joined[0][1].extend(_borrow(self.address, borrowed))
             return b""
 
-        self.group.together(join)
+        try:
+            self.group.together(join)
+        except UnrecoverableError as error:
+            for connection, slots in joined:
+                connection.close()
+                for slot in slots:
+                    slot.close()
+            if choice.snapshot is None or choice.source != MEMORY:
+                raise
+            log.error("%s in memory cannot be restored, trying the next: %s", choice.snapshot, error)
+            excluded = [*self.excluded, (choice.snapshot, MEMORY)]
+            return dataclasses.replace(self, excluded=excluded).enter()
         connection, slots = joined[0]
         return Entry(choice, connection, hello, slots)
 
-    def _begin(self) -> Choice:
+    def _begin(self) -> tuple[Choice, m.Borrow | None]:
         """A daemon that is just leaving, or one that promised a higher number, is asked again: all are."""
         least = 1
         failure: DaemonError | None = None
@@ -136,8 +153,9 @@ class Start:
             least = promised + 1
         raise failure or DaemonError(f"job {self.address.job.name!r}: other launches of it keep starting")
 
-    def _attempt(self, least: int) -> tuple[Choice | None, int]:
-        """The choice, once the epoch has begun everywhere; else the number that is promised already."""
+    def _attempt(self, least: int) -> tuple[tuple[Choice, m.Borrow | None] | None, int]:
+        """The choice, and what this node has to borrow, once the epoch has begun everywhere; else the number that is
+        promised already."""
         surroundings = _Surroundings()
         encoded = self.group.from_first(lambda: msgspec.msgpack.encode(self._number(least, surroundings)))
         epoch = msgspec.msgpack.decode(encoded, type=Epoch)
@@ -158,6 +176,7 @@ class Start:
             refused = [answer.promised for answer in answers if isinstance(answer, m.Refuse)]
             if refused:
                 return None, max(epoch.number for epoch in refused if epoch is not None)
+            arenas = [answer.promise.arena for answer in answers]
             decide = lambda: msgspec.msgpack.encode(self._decide(epoch, answers, surroundings))  # noqa: E731
             begun = msgspec.msgpack.decode(self.group.from_first(decide), type=_Begun)
 
@@ -176,7 +195,8 @@ class Start:
             self.group.together(begin)
             if len(self.places.nodes) > 1:
                 self.group.together(meet)
-        return begun.choice, 0
+        leader = self.places.node_of[self.group.rank]
+        return (begun.choice, begun.borrowed.get(arenas[leader])), 0
 
     def _listening(self) -> tuple[str, str]:
         """Where this node's daemon is to listen to others, if there are others. Raises ConfigError."""
@@ -202,11 +222,26 @@ class Start:
         if len(set(arenas)) < len(arenas):
             raise ConfigError("two nodes of the job are served by one daemon: give each its own CKPTD_RUNTIME_DIR")
         begin = cluster.beginning(epoch, chosen, arenas, (), self.places.shape, self.group.size)
+        borrowed = {} if begin.continued else _orphans(chosen, arenas)
         if len(arenas) == 1:
-            return _Begun(choice, begin, b"")
+            return _Begun(choice, begin, b"", borrowed)
         contacts = {answer.promise.arena: answer.contact for answer in answers}
         directory = packed_directory(new_token(), [contacts[arena] for arena in begin.membership.arenas])
-        return _Begun(choice, begin, directory)
+        return _Begun(choice, begin, directory, borrowed)
+
+
+def _orphans(chosen: cluster.Choice, arenas: Sequence[str]) -> dict[str, m.Borrow]:
+    """The strings of the restore point that no node of the job holds whole, dealt out to all of them."""
+    if not chosen.held or chosen.point is None:
+        return {}
+    shape = next(iter(chosen.held.values())).shape
+    held = {arena: (item.string, item.data, item.parity) for arena, item in chosen.held.items()}
+    whole = {item.string for item in chosen.held.values() if item.data}
+    lacking = [string for string in range(shape.count) if string not in whole]
+    dealt = {arena: lacking[place :: len(arenas)] for place, arena in enumerate(arenas)}
+    return {
+        arena: m.Borrow(chosen.point, chosen.step, shape, strings, held) for arena, strings in dealt.items() if strings
+    }
 
 
 @contextlib.contextmanager
@@ -294,7 +329,7 @@ def _hello(address: Address, hello: m.Hello) -> tuple[socket.socket, list[Slot]]
     while True:
         connection = reach(address, patience_s=PATIENCE_S)
         try:
-            answer, descriptors = ask(connection, hello, HELLO_S)
+            answer, descriptors = ask(connection, hello, HELLO_S if len(hello.ranks) == hello.world else BORROW_S)
             break
         except DaemonError:
             connection.close()
@@ -305,6 +340,17 @@ def _hello(address: Address, hello: m.Hello) -> tuple[socket.socket, list[Slot]]
         raise refusal(answer)
     assert isinstance(answer, m.Welcome)
     return connection, [Slot.open(*taken) for taken in _taken(descriptors, answer.restore)]
+
+
+def _borrow(address: Address, wanted: m.Borrow) -> list[Slot]:
+    """Slots of the restore point that the node's daemon makes anew from what other nodes hold. Raises
+    UnrecoverableError."""
+    with reach(address) as connection:
+        answer, descriptors = ask(connection, wanted, BORROW_S)
+    if isinstance(answer, m.Refuse):
+        raise UnrecoverableError(f"strings {wanted.strings} cannot be made anew: {answer.message}")
+    assert isinstance(answer, m.Lent)
+    return [Slot.open(*taken) for taken in _taken(descriptors, answer.restore)]
 
 
 def _taken(descriptors: list[int], slots: list[m.SlotInfo]) -> Iterator[list[int]]:

@@ -134,14 +134,14 @@ def check(message: BetweenDaemons) -> None:
         case Promise():
             _check_snapshots([message.protected, *(item.snapshot for item in message.held)])
             for item in message.held:
-                _check_shape(item.shape, item.shape.count)
+                check_shape(item.shape, item.shape.count)
                 _check_number(item.string, item.shape.count)
         case Begin():
             membership = message.membership
             _check_snapshots([message.point, message.protected])
             _check_number(message.step)
             _check_number(membership.world)
-            _check_shape(membership.shape, len(membership.arenas))
+            check_shape(membership.shape, len(membership.arenas))
             if membership.epoch != message.epoch:
                 raise FormatError(f"Begin of {message.epoch}: its membership is of {membership.epoch}")
         case Facts():
@@ -182,8 +182,8 @@ def _check_number(number: int, limit: int = 10**18) -> None:
         raise FormatError(f"message between daemons: number {number}, expected 0 to {limit - 1}")
 
 
-def _check_shape(shape: Shape, count: int) -> None:
-    """Every number is in one group, and each group has more members than parities."""
+def check_shape(shape: Shape, count: int) -> None:
+    """Raises FormatError unless every number is in one group, and each group has more members than parities."""
     numbers = sorted(number for group in shape.groups for number in group)
     if numbers != list(range(count)) or not 0 <= shape.parity < min(map(len, shape.groups), default=0):
         raise FormatError(
