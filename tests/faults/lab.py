@@ -6,6 +6,7 @@ Waiting is always for a condition with a deadline; what came instead is in the f
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import hashlib
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import pytest
 
@@ -146,11 +147,52 @@ def environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": f"{HERE / 'inject'}:{ROOT}"}
 
 
+class Node:
+    """A node of a job, seen from outside: where its daemon is, and what it says."""
+
+    def __init__(self, job: str, runtime: Path) -> None:
+        self.runtime = runtime
+        self.address = Address(Job(job), runtime / Job(job).digest)
+
+    def status(self) -> dict[str, Any] | None:
+        """What the daemon says of itself; None where none answers."""
+        try:
+            with contextlib.closing(Control(self.address)) as control:
+                return control.status()
+        except CkptdError:
+            return None
+
+    def reaches(self, condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        """Waits until the daemon's status is as wanted."""
+
+        def asked() -> dict[str, Any] | None:
+            status = self.status()
+            return status if status is not None and condition(status) else None
+
+        found = until(asked, lambda: f"{what}; the status is {self.status()}; {self.said()}")
+        assert found is not None
+        return found
+
+    def said(self) -> str:
+        """The end of the daemon's log, for messages."""
+        with contextlib.suppress(OSError):
+            return f"\n--- {self.address.log}:\n" + self.address.log.read_text(errors="replace")[-3000:]
+        return ""
+
+
+class Launch(NamedTuple):
+    """What is launched: its arguments, where its output goes, where it says how far it is."""
+
+    command: list[str]
+    output: Path
+    result: Path
+
+
 class Run:
     """One launch of the job: a trainer, several ranks, or torchrun with two."""
 
-    def __init__(self, lab: Lab, processes: Sequence[Process], output: Path, result: Path) -> None:
-        self._lab, self._processes, self.output, self._result = lab, processes, output, result
+    def __init__(self, processes: Sequence[Process], output: Path, result: Path, nodes: Sequence[Node]) -> None:
+        self._processes, self.output, self._result, self._nodes = processes, output, result, nodes
         self._seen = len(self.events())
 
     @property
@@ -187,11 +229,9 @@ class Run:
         return found
 
     def said(self) -> str:
-        """Standard output and error, and the daemon's log, for messages."""
+        """Standard output and error, and the daemons' logs, for messages."""
         text = self.output.read_text(errors="replace")[-6000:]
-        with contextlib.suppress(OSError):
-            text += "\n--- daemon:\n" + self._lab.address.log.read_text(errors="replace")[-3000:]
-        return text
+        return text + "".join(node.said() for node in self._nodes)
 
     def ends(self) -> list[int]:
         """Waits for its end; the exit status of each process."""
@@ -219,24 +259,32 @@ class Run:
         self.ends()
 
 
-class Lab:
-    """See the module docstring. Use as a context manager: whatever happens, nothing of it lives on."""
+class Laboratory(abc.ABC):
+    """A training job that can be broken. Use as a context manager: whatever happens, nothing of it lives on."""
 
-    def __init__(self, folder: Path, nursery: Nursery, *, store: bool = True) -> None:
+    def __init__(self, folder: Path, nursery: Nursery, *, store: bool) -> None:
         self.folder = folder
         self._nursery = nursery
-        self.runtime = folder / "runtime"
         self.store = folder / "store" if store else None
         self.job = str(self.store) if store else "a job"
-        self.address = Address(Job(self.job), self.runtime / Job(self.job).digest)
         self._plan = folder / "faults.json"
         self._faults: dict[str, Path] = {}
         self._runs: list[Run] = []
         self.variables: dict[str, str] = {}
         self.group: Path | None = None
-        """A cgroup for the trainers, and so for the daemon that they start."""
+        """A cgroup for the trainers, and so for the daemons that they start."""
 
-    def __enter__(self) -> Lab:
+    @property
+    @abc.abstractmethod
+    def nodes(self) -> list[Node]:
+        """Where daemons of this job are, or have been."""
+
+    @property
+    def runtimes(self) -> list[str]:
+        """The runtime directories of this job."""
+        return [str(node.runtime) for node in self.nodes]
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -247,68 +295,50 @@ class Lab:
         for run in self._runs:
             if run.running:
                 run.kill()
-        until(lambda: not inject.kill(str(self.runtime), ["trainer", "keeper", "daemon"]), "the end of all processes")
+        until(lambda: not inject.kill(self.runtimes, ["trainer", "keeper", "daemon"]), "the end of all processes")
 
     # --- launching
 
-    def start(
-        self,
-        *arguments: str,
-        steps: int = 40,
-        pace: float = 0.01,
-        ranks: int = 1,
-        parallel: str = "none",
-        torchrun: bool = False,
-        faults: dict[str, Fault] | None = None,
-        **options: Any,
-    ) -> Run:
-        """Launches the job. `options` of the Checkpointer; `faults` by name, armed anew unless they are known."""
-        self.plan(faults or {})
-        chosen = {"snapshot_every": 1, "flush_every": 10, "linger_s": 60, "keep": 2, **options}
+    def _command(
+        self, arguments: Sequence[str], steps: int, pace: float, parallel: str, chosen: dict[str, Any]
+    ) -> Launch:
+        """What trains, and where it reports. `chosen`: options of the Checkpointer."""
+        options = {"snapshot_every": 1, "flush_every": 10, "linger_s": 60, "keep": 2, **chosen}
         if self.store is None:
-            chosen["job"] = self.job
-        Options.resolve(chosen, {})
-        result = self.folder / "result.jsonl"
+            options["job"] = self.job
+        Options.resolve(options, {})
+        result, output = self.folder / "result.jsonl", self.folder / f"output-{len(self._runs)}"
         command = [str(HERE / "train.py"), str(result), "--steps", str(steps), "--pace", str(pace), *arguments]
-        command += ["--parallel", parallel, "--options", json.dumps(chosen)]
+        command += ["--parallel", parallel, "--options", json.dumps(options)]
         command += ["--store", str(self.store)] if self.store is not None else []
-        output = self.folder / f"output-{len(self._runs)}"
         output.touch()
-        processes: list[Process]
-        if torchrun:
-            processes = [self._torchrun(command, output)]
-        else:
-            places = [self.environment() | self._place(rank, ranks) for rank in range(ranks)]
-            processes = [self._nursery.launch(command, place, self.folder, output, self.group) for place in places]
-        run = Run(self, processes, output, result)
+        return Launch(command, output, result)
+
+    def _launch(self, launch: Launch, places: Sequence[dict[str, str]]) -> Run:
+        """One process for each of `places`: variables beside those of all."""
+        return self._run(
+            launch,
+            [
+                self._nursery.launch(launch.command, self.environment() | place, self.folder, launch.output, self.group)
+                for place in places
+            ],
+        )
+
+    def _run(self, launch: Launch, processes: Sequence[Process]) -> Run:
+        run = Run(processes, launch.output, launch.result, self.nodes)
         self._runs.append(run)
         return run
 
-    def _place(self, rank: int, ranks: int) -> dict[str, str]:
-        """What a launcher tells a rank; nothing where there is one."""
-        if ranks == 1:
-            return {}
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    def _place(self, rank: int, ranks: int, ranks_here: int) -> dict[str, str]:
+        """What a launcher tells a rank."""
+        numbers = {"RANK": rank, "LOCAL_RANK": rank % ranks_here, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks_here}
         place = {name: str(number) for name, number in numbers.items()}
         return {**place, "TEST_RENDEZVOUS": str(self.folder / f"rendezvous-{len(self._runs)}")}
-
-    def _torchrun(self, command: list[str], output: Path) -> subprocess.Popen[bytes]:
-        torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=6 --monitor-interval=0.05"
-        with output.open("wb") as file:
-            return subprocess.Popen(
-                [sys.executable, *torchrun.split(), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                cwd=self.folder,
-                env=self.environment(),
-            )
 
     def environment(self) -> dict[str, str]:
         """Of every process of this job."""
         return {
             **environment(),
-            "CKPTD_RUNTIME_DIR": str(self.runtime),
             "CKPTD_TEST_FAULTS": str(self._plan),
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # the shared one keeps stale keys over restarts
             "OMP_NUM_THREADS": "1",
@@ -324,6 +354,7 @@ class Lab:
         for name, fault in faults.items():
             armed = self.folder / f"armed-{name}"
             armed.touch()
+            Path(f"{armed}.held").unlink(missing_ok=True)
             self._faults[name] = armed
             plans.append({**dataclasses.asdict(fault), "armed": str(armed)})
         self._plan.write_text(json.dumps(plans))
@@ -356,16 +387,6 @@ class Lab:
             if armed.suffix != ".held":
                 armed.unlink()
 
-    def spoil_ledger(self, payload: bytes) -> None:
-        """Puts a newer, sound record with another content into the ledger of a stopped daemon."""
-        (daemon,) = self.pids("daemon")
-        for link in Path(f"/proc/{daemon}/fd").iterdir():
-            if os.readlink(link).startswith("/memfd:ckptd-ledger"):
-                ledger = Ledger(os.open(link, os.O_RDWR))
-                ledger.read()
-                ledger.write(payload)
-                os.close(ledger.descriptor)
-
     def is_stopped(self, pid: int) -> bool:
         """Whether a process is stopped by a signal."""
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
@@ -377,42 +398,27 @@ class Lab:
 
     def pids(self, *roles: str) -> list[int]:
         """Processes of this job: "keeper", "daemon", "trainer"."""
-        return [pid for pid, role in inject.processes(str(self.runtime)) if role in roles]
+        return [pid for pid, role in inject.processes(self.runtimes) if role in roles]
 
     def kill(self, *roles: str, number: int = signal.SIGKILL) -> list[int]:
         """A signal to all processes of these roles, at one moment."""
-        return inject.kill(str(self.runtime), roles, number)
-
-    def kept(self) -> list[str]:
-        """Names of the memfds that the keeper holds."""
-        found = []
-        for pid in self.pids("keeper"):
-            with contextlib.suppress(OSError):
-                for link in Path(f"/proc/{pid}/fd").iterdir():
-                    with contextlib.suppress(OSError):
-                        found.append(os.readlink(link))
-        return [name for name in found if name.startswith("/memfd:ckptd")]
-
-    def status(self) -> dict[str, Any] | None:
-        """What the daemon says of itself; None where none answers."""
-        try:
-            with contextlib.closing(Control(self.address)) as control:
-                return control.status()
-        except CkptdError:
-            return None
-
-    def reaches(self, condition: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
-        """Waits until the daemon's status is as wanted."""
-
-        def asked() -> dict[str, Any] | None:
-            status = self.status()
-            return status if status is not None and condition(status) else None
-
-        found = until(asked, lambda: f"{what}; the status is {self.status()}; {self.said()}")
-        assert found is not None
-        return found
+        return inject.kill(self.runtimes, roles, number)
 
     # --- afterwards
+
+    def ends_clean(self) -> None:
+        """Waits until nothing of the job runs, then looks for what it may have left behind."""
+        self.daemons_end()
+        self.store_is_clean()
+
+    def daemons_end(self) -> None:
+        """Waits until nothing of the job runs; its files are gone, and with its processes its memory."""
+        until(
+            lambda: not self.pids("keeper", "daemon", "trainer"),
+            lambda: f"the end of {[*inject.processes(self.runtimes)]}; {self.said()}",
+        )
+        for runtime in map(Path, self.runtimes):
+            assert not runtime.exists(), sorted(runtime.rglob("*"))
 
     def checkpoints(self) -> list[int]:
         """Steps of the committed checkpoints; each is whole."""
@@ -438,19 +444,6 @@ class Lab:
         except FormatError as error:
             return [str(error)]
 
-    def ends_clean(self) -> None:
-        """Waits until nothing of the job runs, then looks for what it may have left behind."""
-        self.daemon_ends()
-        self.store_is_clean()
-
-    def daemon_ends(self) -> None:
-        """Waits until nothing of the job runs; its files are gone, and with its processes its memory."""
-        until(
-            lambda: not self.pids("keeper", "daemon", "trainer"),
-            lambda: f"the end of {[*inject.processes(str(self.runtime))]}; {self.status()}; {self.said()}",
-        )
-        assert not self.runtime.exists(), sorted(self.runtime.rglob("*"))
-
     def store_is_clean(self) -> None:
         """Only committed checkpoints that are whole, and epoch records."""
         if self.store is None:
@@ -462,6 +455,74 @@ class Lab:
         assert [path.name for path in (self.store / "epochs").iterdir() if path.name.startswith(".")] == []
         stray = [p for p in self.store.rglob("*") if p.suffix == ".tmp"]
         assert stray == []
+
+
+class Lab(Laboratory):
+    """A job on one node."""
+
+    def __init__(self, folder: Path, nursery: Nursery, *, store: bool = True) -> None:
+        super().__init__(folder, nursery, store=store)
+        self.node = Node(self.job, folder / "runtime")
+        self.runtime, self.address = self.node.runtime, self.node.address
+        self.status, self.reaches = self.node.status, self.node.reaches
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [self.node]
+
+    def environment(self) -> dict[str, str]:
+        return {**super().environment(), "CKPTD_RUNTIME_DIR": str(self.runtime)}
+
+    def start(
+        self,
+        *arguments: str,
+        steps: int = 40,
+        pace: float = 0.01,
+        ranks: int = 1,
+        parallel: str = "none",
+        torchrun: bool = False,
+        faults: dict[str, Fault] | None = None,
+        **options: Any,
+    ) -> Run:
+        """Launches the job. `options` of the Checkpointer; `faults` by name, armed anew unless they are known."""
+        self.plan(faults or {})
+        launch = self._command(arguments, steps, pace, parallel, options)
+        if torchrun:
+            return self._run(launch, [self._torchrun(launch)])
+        places = [self._place(rank, ranks, ranks) for rank in range(ranks)] if ranks > 1 else [{}]
+        return self._launch(launch, places)
+
+    def _torchrun(self, launch: Launch) -> subprocess.Popen[bytes]:
+        torchrun = "-m torch.distributed.run --standalone --nproc-per-node=2 --max-restarts=6 --monitor-interval=0.05"
+        with launch.output.open("wb") as file:
+            return subprocess.Popen(
+                [sys.executable, *torchrun.split(), *launch.command],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                cwd=self.folder,
+                env=self.environment(),
+            )
+
+    def spoil_ledger(self, payload: bytes) -> None:
+        """Puts a newer, sound record with another content into the ledger of a stopped daemon."""
+        (daemon,) = self.pids("daemon")
+        for link in Path(f"/proc/{daemon}/fd").iterdir():
+            if os.readlink(link).startswith("/memfd:ckptd-ledger"):
+                ledger = Ledger(os.open(link, os.O_RDWR))
+                ledger.read()
+                ledger.write(payload)
+                os.close(ledger.descriptor)
+
+    def kept(self) -> list[str]:
+        """Names of the memfds that the keeper holds."""
+        found = []
+        for pid in self.pids("keeper"):
+            with contextlib.suppress(OSError):
+                for link in Path(f"/proc/{pid}/fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        found.append(os.readlink(link))
+        return [name for name in found if name.startswith("/memfd:ckptd")]
 
 
 def digest(path: Path) -> str:

@@ -71,7 +71,7 @@ def test_daemon_by_hand(storeless: Lab, expected: Callable[..., str]) -> None:
     assert after["newest"]["sealed"] >= before["newest"]["sealed"]
     storeless.release("hold")
     assert run.finishes()["hash"] == expected()
-    storeless.daemon_ends()
+    storeless.daemons_end()
 
 
 def test_many_at_once(served: Lab) -> None:
@@ -244,7 +244,7 @@ def test_descriptors_beyond_1024(storeless: Lab, expected: Callable[..., str]) -
     ended = storeless.start("--open-files", "1100").finishes()
     assert ended["hash"] == expected()
     assert ended["statistics"]["snapshots_sealed"] > 0
-    storeless.daemon_ends()
+    storeless.daemons_end()
 
 
 def test_ledger_of_another_build(served: Lab, expected: Callable[..., str]) -> None:
@@ -258,4 +258,4 @@ def test_ledger_of_another_build(served: Lab, expected: Callable[..., str]) -> N
     served.reaches(lambda s: s["pid"] != daemon and s["ranks"], "another daemon, with the rank")
     served.release("hold")
     assert run.finishes()["hash"] == expected()
-    served.daemon_ends()
+    served.daemons_end()

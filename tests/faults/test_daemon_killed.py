@@ -139,7 +139,7 @@ def test_killed_while_slots_are_dropped(when: str, storeless: Lab, expected: Cal
     assert len(status["slots"]) == 2
     storeless.release("hold")
     run.finishes()
-    storeless.daemon_ends()
+    storeless.daemons_end()
 
 
 def test_everything_killed_after_the_last_commit(lab: Lab, expected: Callable[..., str]) -> None:

@@ -90,7 +90,7 @@ def test_checkpoint(name: str, lab: Lab, expected: Callable[..., str]) -> None:
     """The newest checkpoint is damaged on disk: `verify` says so, a restart takes the one before; where there is none,
     it is an error and not a new beginning."""
     lab.start(steps=20, flush_every=5).finishes()
-    lab.daemon_ends()
+    lab.daemons_end()
     older, newer = sorted(lab.directories())
     pattern, offset = FILES[name]
     (path,) = newer.glob(pattern)
@@ -101,7 +101,7 @@ def test_checkpoint(name: str, lab: Lab, expected: Callable[..., str]) -> None:
     assert run.restored()["source"] == "store"
     assert older.name.startswith(f"step-{run.restored()['step']:08d}.")
     assert newer.name in run.said() or "step 20" in run.said()
-    lab.daemon_ends()
+    lab.daemons_end()
 
     for directory in sorted(lab.directories()):
         (path,) = directory.glob(pattern)

@@ -28,13 +28,13 @@ def test_given_limit(storeless: Lab, expected: Callable[..., str]) -> None:
     run = storeless.start("--ballast", str(4 * MIB), memory=8 * MIB, linger_s=2.0)
     assert run.ends() == [1]
     assert limits(run.said()), run.said()
-    storeless.daemon_ends()
+    storeless.daemons_end()
 
     run = storeless.start("--ballast", str(4 * MIB), memory=9 * MIB)
     status = storeless.reaches(lambda s: s["newest"]["sealed"] is not None, "a sealed snapshot")
     assert 8 * MIB < status["memory_bytes"] <= 9 * MIB
     assert run.finishes()["hash"] == expected()
-    storeless.daemon_ends()
+    storeless.daemons_end()
 
 
 def test_fewer_slots_where_memory_is_short(lab: Lab, expected: Callable[..., str]) -> None:
@@ -103,7 +103,7 @@ def test_cgroup_limit(small_group: Path, storeless: Lab, expected: Callable[...,
     run = storeless.start("--ballast", str(200 * MIB), linger_s=2.0)
     assert run.ends() == [1], run.said()
     assert limits(run.said()), run.said()
-    storeless.daemon_ends()
+    storeless.daemons_end()
     assert storeless.start().finishes()["hash"] == expected()
-    storeless.daemon_ends()
+    storeless.daemons_end()
     storeless.close()

@@ -64,7 +64,7 @@ def test_zombie(where: str, lab: Lab, expected: Callable[..., str]) -> None:
     and neither memory nor store of the new one changes. What it may still write to is not given to anybody."""
     if STOPPED[where].point == FILL:
         lab.start(steps=10).finishes()
-        lab.daemon_ends()
+        lab.daemons_end()
     zombie = lab.start(faults={"stop": STOPPED[where]}, max_stall_s=60.0)
     lab.fires("stop")
     until(lambda: lab.is_stopped(zombie.pid), "the zombie to stop")

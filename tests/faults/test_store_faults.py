@@ -83,7 +83,7 @@ def test_never_durable(lab: Lab, expected: Callable[..., str]) -> None:
     assert run.restored()["step"] == 40
     assert run.restored()["source"] == "memory"
     assert 41 in lab.checkpoints()
-    lab.daemon_ends()
+    lab.daemons_end()
 
 
 def test_commit_in_doubt(lab: Lab, expected: Callable[..., str]) -> None:
@@ -103,7 +103,7 @@ def test_commit_in_doubt(lab: Lab, expected: Callable[..., str]) -> None:
     assert run.finishes()["hash"] == expected()
     assert 40 in lab.checkpoints()
     assert sorted((path, path.stat().st_mtime_ns) for path in doubted.rglob("*")) == before
-    lab.daemon_ends()
+    lab.daemons_end()
 
 
 def test_prune_that_fails(lab: Lab, expected: Callable[..., str]) -> None:
@@ -129,7 +129,7 @@ def test_unwritable_at_the_start(lab: Lab) -> None:
     assert run.ends() == [1]
     assert run.step == 0
     assert "StoreError" in run.said()
-    lab.daemon_ends()
+    lab.daemons_end()
 
 
 @pytest.fixture
@@ -174,4 +174,4 @@ def test_disk_full_at_the_start(small_disk: Path, lab: Lab) -> None:
     assert "StoreError" in run.said()
     assert "ENOSPC" in run.said()
     assert run.step == 0
-    lab.daemon_ends()
+    lab.daemons_end()

@@ -101,7 +101,7 @@ def test_all_trainers_die_for_good(lab: Lab, expected: Callable[..., str]) -> No
     run = lab.start("--fork", flush_every=1000, linger_s=2.0, faults={"kill": Fault("backward", call=15)})
     run.dies()
     newest = sealed(lab)
-    lab.daemon_ends()
+    lab.daemons_end()
     assert lab.checkpoints() == [newest]
     os.killpg(run.pid, signal.SIGKILL)  # the forked child: it must still be there
     lab.ends_clean()
@@ -125,7 +125,7 @@ def test_no_linger(lab: Lab, expected: Callable[..., str]) -> None:
     lab.release("hold")
     run.dies()
     assert all(lab.fired(name) for name in faults)
-    lab.daemon_ends()
+    lab.daemons_end()
     (step,) = lab.checkpoints()
     assert step >= status["newest"]["sealed"] > 0
     run = lab.start(linger_s=0.0)

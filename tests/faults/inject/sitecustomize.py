@@ -32,15 +32,15 @@ def role() -> str:
     return "daemon" if "ckptd.daemon" in sys.orig_argv else f"rank{os.environ.get('RANK', '0')}"
 
 
-def processes(runtime: str) -> Iterator[tuple[int, str]]:
-    """(pid, role) of every process that works with a runtime directory: keeper, daemon, trainer."""
-    wanted = f"CKPTD_RUNTIME_DIR={runtime}".encode()
+def processes(runtimes: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """(pid, role) of every process that works with one of these runtime directories: keeper, daemon, trainer."""
+    wanted = {f"CKPTD_RUNTIME_DIR={runtime}".encode() for runtime in runtimes}
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue
         try:
             with open(f"/proc/{name}/environ", "rb") as file:
-                if wanted not in file.read().split(b"\0"):
+                if wanted.isdisjoint(file.read().split(b"\0")):
                     continue
             with open(f"/proc/{name}/cmdline", "rb") as file:
                 command = file.read().split(b"\0")
@@ -52,9 +52,9 @@ def processes(runtime: str) -> Iterator[tuple[int, str]]:
             yield int(name), "daemon" if b"ckptd.daemon" in command else "trainer"
 
 
-def kill(runtime: str, roles: Sequence[str], number: int = signal.SIGKILL) -> list[int]:
+def kill(runtimes: Sequence[str], roles: Sequence[str], number: int = signal.SIGKILL) -> list[int]:
     """Ends the processes of some roles at one moment: none sees the other's end. Returns their pids."""
-    pids = [pid for pid, found in processes(runtime) if found in roles]
+    pids = [pid for pid, found in processes(runtimes) if found in roles]
     for pid in pids if number == signal.SIGKILL else ():
         os.kill(pid, signal.SIGSTOP)
     for pid in pids:
@@ -110,7 +110,7 @@ class Fault:
         verb, *roles = self.action.split()
         number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[verb]
         if roles:
-            kill(os.environ["CKPTD_RUNTIME_DIR"], roles, number)
+            kill([os.environ["CKPTD_RUNTIME_DIR"]], roles, number)
         else:
             os.kill(os.getpid(), number)
 

@@ -1,0 +1,113 @@
+"""Several nodes on one machine: each with its own name, runtime directory, daemon and keeper, and ranks of one job.
+
+A node is its processes and its runtime directory; losing it is SIGKILL of the first, at one moment, and the end of the
+second. Nodes are given by name, in the order of their ranks: a name that is new is a new node, one that has been used
+is that node again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+from tests.faults.inject import sitecustomize as inject
+from tests.faults.lab import Fault, Laboratory, Node, Nursery, Run, until
+
+ROLES = ("trainer", "keeper", "daemon")
+
+
+class Cluster(Laboratory):
+    """A job on several nodes."""
+
+    def __init__(self, folder: Path, nursery: Nursery, *, store: bool) -> None:
+        super().__init__(folder, nursery, store=store)
+        self._nodes: dict[str, Node] = {}
+
+    @property
+    def nodes(self) -> list[Node]:
+        return list(self._nodes.values())
+
+    def node(self, name: str) -> Node:
+        """By its name; made where it is new."""
+        return self._nodes.setdefault(name, Node(self.job, self.folder / name))
+
+    # --- launching
+
+    def start(
+        self,
+        names: str,
+        *arguments: str,
+        steps: int = 40,
+        pace: float = 0.01,
+        ranks_here: int = 1,
+        parallel: str = "fsdp",
+        faults: dict[str, Fault] | None = None,
+        variables: dict[str, dict[str, str]] | None = None,
+        **options: Any,
+    ) -> Run:
+        """Launches the job on these nodes. `variables`: of a node, by its name. `options` of the Checkpointer."""
+        self.plan(faults or {})
+        chosen = names.split()
+        launch = self._command(arguments, steps, pace, parallel, {"flush_every": None, **options})
+        places = []
+        for number, name in enumerate(chosen):
+            here = {
+                "MASTER_ADDR": "127.0.0.1",
+                "CKPTD_NODE": name,
+                "CKPTD_RUNTIME_DIR": str(self.node(name).runtime),
+                **(variables or {}).get(name, {}),
+            }
+            ranks = range(number * ranks_here, (number + 1) * ranks_here)
+            places += [here | self._place(rank, len(chosen) * ranks_here, ranks_here) for rank in ranks]
+        return self._launch(launch, places)
+
+    # --- breaking
+
+    def lose(self, *names: str) -> None:
+        """Nodes are gone, at one moment."""
+        self._signal(names, signal.SIGKILL)
+        runtimes = self._runtimes(names)
+        until(lambda: not list(inject.processes(runtimes)), "the end of the processes of lost nodes")
+        for runtime in runtimes:
+            shutil.rmtree(runtime, ignore_errors=True)
+
+    def stop(self, *names: str) -> None:
+        """Nodes stand still, at one moment."""
+        for pid in self._signal(names, signal.SIGSTOP):
+            until(lambda pid=pid: self.is_stopped(pid), f"process {pid} to stop")
+
+    def proceed(self, *names: str) -> None:
+        """Stopped nodes go on."""
+        self._signal(names, signal.SIGCONT)
+
+    def kill_daemon(self, name: str) -> None:
+        """The daemon of a node alone; its keeper stays."""
+        inject.kill(self._runtimes([name]), ["daemon"])
+
+    def _runtimes(self, names: tuple[str, ...] | list[str]) -> list[str]:
+        return [str(self.node(name).runtime) for name in names]
+
+    def _signal(self, names: tuple[str, ...], number: int) -> list[int]:
+        return inject.kill(self._runtimes(names), ROLES, number)
+
+    # --- what they say
+
+    def step_of(self, level: str, *names: str) -> int:
+        """The newest step that has a level, by the word of the least of these nodes; 0 where one has none."""
+        found = []
+        for name in names:
+            status = self.node(name).status()
+            found.append(0 if status is None else status["newest"][level] or 0)
+        return min(found)
+
+    def reach(self, level: str, step: int, *names: str) -> int:
+        """Waits until each of these nodes has a step not below this one at the level; the newest that all have."""
+        until(
+            lambda: self.step_of(level, *names) >= step,
+            lambda: (
+                f"step {step} to be {level} on {names}; {[self.node(name).status() for name in names]}; {self.said()}"
+            ),
+        )
+        return self.step_of(level, *names)
