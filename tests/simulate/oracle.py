@@ -145,7 +145,9 @@ class Oracle:
                 self.check(self.nodes[arena])
 
     def chosen(self, epoch: Epoch, choice: Choice, promised: Collection[str]) -> None:
-        """A restart has chosen its restore point from those who promised."""
+        """A restart has chosen its restore point from those who promised. If it was overtaken, that is of no effect."""
+        if self.begun is not None and epoch < self.begun:
+            return
         point, name = choice.point, choice.name
         if name is not None and live([name], self.store.records)[:1] != [name]:
             raise BrokenPromiseError(f"{name} is restored, of a dead branch")
@@ -161,12 +163,14 @@ class Oracle:
     def recorded(self, epoch: Epoch, choice: Choice, promises: Mapping[str, m.Promise]) -> None:
         """The choice holds: what is newer is on a dead branch now. What is kept as protected takes the place of what
         was announced, which is as old or older."""
+        if self.begun is not None and epoch < self.begun:
+            return
         point, name, kept = choice.point, choice.name, choice.protected
-        self.begun = epoch if self.begun is None else max(self.begun, epoch)
+        self.begun = epoch
         if self.protected is not None and (name is None or self.name(self.protected.snapshot) > name):
             self.protected = None
-        if self.sealed is not None and (name is None or self.name(self.sealed.snapshot) > name):
-            self.sealed = None
+        if self.sealed is not None and self.name(self.sealed.snapshot) != name:
+            self.sealed = None  # newer: on a dead branch; older: freed, whatever becomes of what is restored
         known = self.protected
         if (
             known is not None
