@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 from ckptd.protocol.messages import Layout
 
+MAX_RANKS = 120
+"""Ranks of one node: a Welcome passes two descriptors for each, and the kernel passes 253 at a time."""
+
 
 @dataclasses.dataclass
 class Member:
@@ -45,3 +48,12 @@ class Members(dict[int, Member]):
         for member in self.values():
             if member.wants is not None and member.wants <= step:
                 member.wants = None
+
+
+def complaint_of(world: int, ranks: list[int]) -> str | None:
+    """What is wrong with the ranks of a node."""
+    if not 0 < len(ranks) <= MAX_RANKS:
+        return f"{len(ranks)} ranks on one node; 1 to {MAX_RANKS} are served"
+    if ranks != sorted(set(ranks)) or ranks[-1] >= world:
+        return f"ranks {ranks} of {world}: expected some of the job's, each once, in order"
+    return None

@@ -20,27 +20,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ckptd.core.types import Epoch, Level, SnapshotId
+from ckptd.core.types import Level, SnapshotId
 from ckptd.protocol import messages as m
 from ckptd.protocol import repeats
-from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, WriteRecord
+from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, WriteRecord
 from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.cluster.epoch import adopted
 from ckptd.protocol.cluster.member import MemberMachine
 from ckptd.protocol.cluster.standing import Outcome, Standing
-from ckptd.protocol.layouts import allot
-from ckptd.protocol.members import Member, Members
+from ckptd.protocol.members import Member, complaint_of
 from ckptd.protocol.quiet import Quiet
 from ckptd.protocol.requests import Request, Requests
 from ckptd.protocol.slots import Granted, Sealed
 from ckptd.protocol.state import NodeState, describe
-
-MAX_RANKS = 120
-"""Ranks of one node: a Welcome passes two descriptors for each, and the kernel passes 253 at a time."""
-
-
-PART_S = 10.0
-"""How long a node that is done waits for others to have heard of it."""
+from ckptd.protocol.surveys import Surveys
+from ckptd.protocol.voice import Voice
 
 
 class NodeMachine:
@@ -48,21 +42,18 @@ class NodeMachine:
 
     def __init__(self, state: NodeState, now_s: float) -> None:
         self.state = state
-        self.members = Members()
+        self._voice = Voice()
+        self.members = self._voice.members
+        self._surveys = Surveys(state, self._voice)
         self.job = MemberMachine(state.cluster, state.policy)
         """What the nodes of the job decide together."""
         self._now_s = now_s
-        self._out: list[Action] = []
         self._requests = Requests()
         self._beginning: set[int] = set()
         self._quiet = Quiet(now_s)
-        self._planned = False
         self._draining = False
         self._disbanded = False
-        self._closed_at: float | None = None
         self._cost: float | None = None
-        self._coming: dict[int, bool] = {}
-        """Ranks that have said Hello and are not in yet; whether they were before."""
         self._available_bytes, self._limit = 0, ""
 
     # --- events
@@ -70,8 +61,7 @@ class NodeMachine:
     def take(self) -> list[Action]:
         """The actions since the last call, in order."""
         self._advance()
-        out, self._out = self._out, []
-        return out
+        return self._voice.take()
 
     def handle(
         self,
@@ -97,17 +87,17 @@ class NodeMachine:
             case m.Flush():
                 self._flush(peer, message)
             case m.Status():
-                self._send(peer, m.Report(self.report()))
+                self._voice.say(peer, m.Report(self.report()))
             case m.Stop():
-                self._send(peer, m.Stopped())
-                self._out.append(Exit("stopped on request"))
+                self._voice.say(peer, m.Stopped())
+                self._voice.do(Exit("stopped on request"))
             case _:
                 self._from_member(peer, message)
 
     def _from_member(self, peer: int, message: m.Message) -> None:
         found = self.members.of(peer)
         if found is None:
-            self._refuse(peer, "DaemonError", f"{type(message).__name__} from a connection that is no rank")
+            self._voice.refuse(peer, "DaemonError", f"{type(message).__name__} from a connection that is no rank")
             return
         rank, member = found
         match message:
@@ -158,7 +148,7 @@ class NodeMachine:
             self.state.left.add(rank)
             peer = self.members.peer(rank)
             if peer is not None:
-                self._out.append(Disconnect(peer))
+                self._voice.do(Disconnect(peer))
                 self.members[rank].peer = None
 
     def recorded(self, peer: int, error: str | None, now_s: float) -> None:
@@ -167,9 +157,9 @@ class NodeMachine:
         if peer in self._beginning:
             self._beginning.discard(peer)
             if error is None:
-                self._send(peer, m.Begun())
+                self._voice.say(peer, m.Begun())
             else:
-                self._refuse(peer, "StoreError", error)
+                self._voice.refuse(peer, "StoreError", error)
 
     def tick(self, now_s: float) -> None:
         """Time has passed."""
@@ -188,69 +178,69 @@ class NodeMachine:
         answer = self.job.prepare(message.epoch)
         if isinstance(answer, cluster.Refuse):
             text = f"epoch {message.epoch} is not above {answer.promised}"
-            self._refuse(peer, "DaemonError", text, answer.promised)
+            self._voice.refuse(peer, "DaemonError", text, answer.promised)
             return
         self._quiet.end()
         self._disconnect_members()
-        self._send(peer, m.Promise(answer))
+        self._voice.say(peer, m.Promise(answer))
 
     def _begin(self, peer: int, message: m.Begin) -> None:
         epoch = message.begin.epoch
         if epoch != self.state.promised:
-            self._refuse(peer, "DaemonError", f"epoch {epoch} is not the promised one", self.state.promised)
+            self._voice.refuse(peer, "DaemonError", f"epoch {epoch} is not the promised one", self.state.promised)
             return
-        complaint = _complaint(message.begin.membership.world, message.ranks)
+        complaint = complaint_of(message.begin.membership.world, message.ranks)
         if complaint is not None:
-            self._refuse(peer, "ConfigError", complaint)
+            self._voice.refuse(peer, "ConfigError", complaint)
             return
         self._quiet.end()
         if self.state.epoch != epoch:
             self._adopt(message.begin, message.ranks, message.policy)
         root = self.state.cluster.number == 0
         if message.policy.store is None or not root:
-            self._send(peer, m.Begun())
+            self._voice.say(peer, m.Begun())
         else:
             self._beginning.add(peer)
-            self._out.append(WriteRecord(peer, message.policy.store, self.state.cluster.records[-1]))
+            self._voice.do(WriteRecord(peer, message.policy.store, self.state.cluster.records[-1]))
 
     def _adopt(self, begin: cluster.Begin, ranks: list[int], policy: m.Policy) -> None:
         """The epoch begins here; what it neither restores nor keeps is freed."""
         self._disconnect_members()
-        self._coming.clear()
-        self._out += [Drop(slot) for slot in self.state.begin(begin.membership.world, ranks, policy)]
+        self._voice.coming.clear()
+        self._voice.do(*(Drop(slot) for slot in self.state.begin(begin.membership.world, ranks, policy)))
         self.job.policy = policy
         self.job.begin(begin)
         self._disbanded, self._cost = False, None
         newest = self.state.cluster.newest
         for request in self._requests.retarget(None if newest is None else newest.snapshot):
-            self._send(request.peer, request.answer(None))
+            self._voice.say(request.peer, request.answer(None))
         self._start_survey(self.state.generation + 1)
 
     def _hello(self, peer: int, message: m.Hello, process: tuple[int, int] | None) -> None:
         state, rank, instance = self.state, message.rank, message.instance
         if not self._compatible(peer, message.protocol, message.job):
             return
-        if _complaint(message.world, message.ranks) is None and state.is_unheard_of(message.epoch):
+        if complaint_of(message.world, message.ranks) is None and state.is_unheard_of(message.epoch):
             self._adopt_unheard(message)
         if message.epoch != state.epoch or state.frozen or rank not in state.ranks:
-            self._refuse(
+            self._voice.refuse(
                 peer, "DaemonError", f"rank {rank} of epoch {message.epoch} is not served here", state.promised
             )
             return
         other, returns = self.members.of(peer), rank in state.instances
         if state.instances.setdefault(rank, instance) != instance or (other is not None and other[0] != rank):
-            self._refuse(peer, "DaemonError", f"rank {rank} of epoch {message.epoch} is another process")
+            self._voice.refuse(peer, "DaemonError", f"rank {rank} of epoch {message.epoch} is another process")
             return
         member = self.members.setdefault(rank, Member())
         if member.peer not in (None, peer):
-            self._out.append(Disconnect(member.peer))
+            self._voice.do(Disconnect(member.peer))
         member.peer, member.wants = peer, None
         state.left.discard(rank)
         if process is not None:
             state.processes[instance] = process
         self._quiet.end()
         self.job.heard_of(message.granted)
-        self._coming[rank] = returns
+        self._voice.coming[rank] = returns
 
     def _welcome(self) -> None:
         """Who has said Hello is in as soon as what the epoch goes on from is here, maybe rebuilt."""
@@ -258,23 +248,24 @@ class NodeMachine:
         holding = None if point is None else self.state.cluster.find(point)
         if self.state.frozen or (holding is not None and not holding.data and not holding.freed):
             return
-        coming, self._coming = self._coming, {}
+        coming, self._voice.coming = dict(self._voice.coming), {}
         for rank, returns in coming.items():
             peer = self.members.peer(rank)
             if peer is not None:
-                self._out.append(repeats.welcome(self.state, peer, rank))
-                self._repeat_layout(peer, rank, returns)
+                self._voice.do(repeats.welcome(self.state, peer, rank))
+                if not self._surveys.repeat(peer, rank, returns):
+                    self._start_survey(self.state.generation + 1)
                 for news in repeats.news(self.state, rank):
-                    self._send(peer, news)
+                    self._voice.say(peer, news)
 
     def unrecoverable(self, snapshot: SnapshotId, why: str) -> None:
         """What the epoch was to go on from cannot be rebuilt here: whoever waits for it is told."""
         if snapshot == self.state.cluster.point:
-            coming, self._coming = self._coming, {}
+            coming, self._voice.coming = dict(self._voice.coming), {}
             for rank in coming:
                 peer = self.members.peer(rank)
                 if peer is not None:
-                    self._refuse(peer, "UnrecoverableError", why)
+                    self._voice.refuse(peer, "UnrecoverableError", why)
 
     def rebuilt(self, snapshot: SnapshotId, found: Sequence[m.SlotInfo], record: bytes) -> list[int]:
         """This node's string of a snapshot has been made anew, in slots like `found`. Their numbers, or none where
@@ -296,28 +287,11 @@ class NodeMachine:
         begin = adopted(self.state.cluster, message.epoch, message.restore_point, message.world, alone=alone)
         self._adopt(begin, message.ranks, message.policy)
 
-    def _repeat_layout(self, peer: int, rank: int, returns: bool) -> None:
-        """What a rank may have missed of a survey, or of what came out of it."""
-        state, member = self.state, self.members[rank]
-        if not state.surveying and len(state.layouts) < len(state.ranks):
-            self._start_survey(state.generation + 1)
-        elif state.surveying and not member.pieces:
-            self._send(peer, m.Survey(state.generation))
-        elif state.surveying and self._planned and member.layout is None:
-            self._send(peer, m.Plan(state.generation), pieces=True)
-        elif not state.surveying and returns:
-            again = repeats.allotted(state, peer, rank)
-            if again is not None:
-                self._out.append(again)
-            for slot in state.table.slots:  # its Ready may be lost; what it has not mapped yet it misses as "layout"
-                if slot.rank == rank and slot.ready:
-                    slot.owner = state.instances[rank]
-
     def _compatible(self, peer: int, protocol: int, job: str) -> bool:
         if protocol != m.PROTOCOL:
-            self._refuse(peer, "VersionError", f"protocol {protocol}; this daemon speaks {m.PROTOCOL}")
+            self._voice.refuse(peer, "VersionError", f"protocol {protocol}; this daemon speaks {m.PROTOCOL}")
         elif job != self.state.job:
-            self._refuse(peer, "DaemonError", f"job {job!r}; this daemon serves {self.state.job!r}")
+            self._voice.refuse(peer, "DaemonError", f"job {job!r}; this daemon serves {self.state.job!r}")
         else:
             return True
         return False
@@ -327,7 +301,7 @@ class NodeMachine:
         of a process's end, and is taken as such."""
         for rank, member in self.members.items():
             if member.peer is not None:
-                self._out.append(Disconnect(member.peer))
+                self._voice.do(Disconnect(member.peer))
             elif not self.state.is_visible(rank):
                 self.state.table.writer_ended(self.state.instances[rank])
         self.members.clear()
@@ -349,7 +323,7 @@ class NodeMachine:
         granted = Granted(state.epoch, number, capture.step, slots, dict(state.instances), compare=capture.compare)
         state.table.granted.append(granted)
         for rank in slots:
-            self._send_rank(rank, repeats.grant(granted, rank))
+            self._voice.tell(rank, repeats.grant(granted, rank))
 
     def _outcome(self, rank: int, message: m.Captured | m.Missed) -> None:
         epoch = self.state.epoch
@@ -390,16 +364,16 @@ class NodeMachine:
         self._count("skipped")
         self.job.missed(granted.name, granted.late)
         for rank in granted.silent:
-            self._send_rank(rank, m.Revoke(granted.grant))
+            self._voice.tell(rank, m.Revoke(granted.grant))
 
     # --- requests
 
     def _flush(self, peer: int, message: m.Flush) -> None:
         store, newest = message.to or self.state.own_store, self.state.cluster.newest
         if store is None:
-            self._refuse(peer, "ConfigError", f"job {self.state.job!r} has no store; name one")
+            self._voice.refuse(peer, "ConfigError", f"job {self.state.job!r} has no store; name one")
         elif newest is None:
-            self._send(peer, m.Flushed(None))
+            self._voice.say(peer, m.Flushed(None))
         else:
             self._want_durable(peer, newest.snapshot, store, m.Flushed)
 
@@ -407,7 +381,7 @@ class NodeMachine:
         """A rank got SIGTERM. Where another rank is already dead, a restart is under way and memory is enough."""
         store, newest = self.state.own_store, self.state.cluster.newest
         if store is None or newest is None or self.state.left:
-            self._send(peer, m.Drained(None))
+            self._voice.say(peer, m.Drained(None))
         else:
             self._want_durable(peer, newest.snapshot, store, m.Drained)
 
@@ -416,7 +390,7 @@ class NodeMachine:
     ) -> None:
         durable = self.state.cluster.durable
         if store == self.state.own_store and durable is not None and self._is_durable(target):
-            self._send(peer, answer(durable.step))
+            self._voice.say(peer, answer(durable.step))
         else:
             self._requests.ask(Request(peer, target, store, answer), self.state.cluster.ended)
 
@@ -436,7 +410,7 @@ class NodeMachine:
                 self._break()
                 self._seal()
                 self._retire()
-                self._plan()
+                self._surveys.plan(self._available_bytes, self._limit)
                 self._satisfy()
                 self._wish_for_itself()
             self.job.now_s = self._now_s
@@ -459,7 +433,7 @@ class NodeMachine:
                     self._kill(granted)
             case cluster.Free(part="data"):
                 self.state.table.free(action.snapshot)
-                self._out.append(action)
+                self._voice.do(action)
             case cluster.Announce():
                 self._announce(action)
             case cluster.FlushEnded():
@@ -470,13 +444,13 @@ class NodeMachine:
             case cluster.Differ():
                 self._differ()
             case cluster.Gather():
-                self._gather(action)
+                self._surveys.gather(action)
             case cluster.Disband():
                 self._disbanded = True
             case cluster.Leave():
                 pass  # one that serves ranks stays with them; any other goes when nobody comes for too long
             case _:
-                self._out.append(action)
+                self._voice.do(action)
 
     def _break(self) -> None:
         """A rank that has left or is dead never answers: what it was to capture is NotSealed."""
@@ -502,7 +476,7 @@ class NodeMachine:
             self._count("protected")
         else:
             return
-        self._broadcast(m.Reached(action.step, action.level, action.snapshot.step))
+        self._voice.broadcast(m.Reached(action.step, action.level, action.snapshot.step))
 
     def _flush_ended(self, outcome: Outcome) -> None:
         flush, error = outcome.flush, outcome.error
@@ -511,12 +485,14 @@ class NodeMachine:
         if error is not None:
             self.state.last_error = error = error[: m.MAX_TEXT]
         if own and current:
-            self._broadcast(m.Reached(flush.step, Level.DURABLE) if error is None else m.FlushFailed(flush.step, error))
+            self._voice.broadcast(
+                m.Reached(flush.step, Level.DURABLE) if error is None else m.FlushFailed(flush.step, error)
+            )
         for request in self._requests.ended(outcome):
             if error is None:
-                self._send(request.peer, request.answer(flush.step))
+                self._voice.say(request.peer, request.answer(flush.step))
             else:
-                self._refuse(request.peer, "StoreError", error)
+                self._voice.refuse(request.peer, "StoreError", error)
 
     def _satisfy(self) -> None:
         """Who asks for a step that is sealed already is told so."""
@@ -527,72 +503,31 @@ class NodeMachine:
         self.members.satisfied(newest.step)
         for rank in asking:
             if self.members[rank].wants is None:
-                self._send_rank(rank, m.Reached(newest.step, Level.SEALED, newest.snapshot.step))
+                self._voice.tell(rank, m.Reached(newest.step, Level.SEALED, newest.snapshot.step))
 
     def _retire(self) -> None:
         """Slots that fit no layout go as soon as they hold nothing."""
         if len(self.state.layouts) == len(self.state.ranks):
-            self._out += [Drop(slot.slot) for slot in self.state.table.retire(self.state.layouts)]
-
-    # --- layouts
+            self._voice.do(*(Drop(slot.slot) for slot in self.state.table.retire(self.state.layouts)))
 
     def _start_survey(self, generation: int) -> None:
-        """The layout is unknown or has changed: ask every rank for its pieces. Nothing is captured by the old one."""
-        self.state.generation = generation
-        self.state.surveying, self._planned = True, False
+        """Nothing is captured by the old layout."""
         for granted in self.state.table.granted:
             self._kill(granted)
-        self.members.forget_layouts()
-        self._broadcast(m.Survey(generation))
-
-    def _gather(self, action: cluster.Gather) -> None:
-        """The pieces of all ranks of the job are there. Those of other nodes are fetched first."""
-        if action.generation != self.state.generation or not self.state.surveying or self._planned:
-            return
-        if len(self.state.ranks) < self.state.world:
-            self._out.append(action)
-        else:
-            self.gathered(action.generation)
+        self._surveys.start(generation)
 
     def gathered(self, generation: int) -> None:
         """The pieces of all ranks of the job are here."""
-        if generation == self.state.generation and self.state.surveying and not self._planned:
-            self._planned = True
-            self._broadcast(m.Plan(generation), pieces=True)
-
-    def _plan(self) -> None:
-        """Layouts of all -> slots for all."""
-        if not self.state.surveying or len(self.members) < len(self.state.ranks):
-            return
-        layouts = [self.members[rank].layout for rank in self.state.ranks]
-        if all(layout is not None for layout in layouts):
-            self._allot([layout for layout in layouts if layout is not None])
-
-    def _allot(self, layouts: list[m.Layout]) -> None:
-        """Slots for all; idle ones that fit nobody make room first."""
-        state = self.state
-        made = allot(state, layouts, self._available_bytes, self._limit)
-        self._out += [Drop(slot) for slot in made.dropped]
-        state.surveying = self._planned = False
-        state.last_error = made.complaint or state.last_error
-        if made.allotments is None:
-            assert made.complaint is not None
-            self._broadcast(m.Refuse("ConfigError", made.complaint))
-            return
-        for rank, (reuse, create) in zip(state.ranks, made.allotments, strict=True):
-            self._send_rank(rank, m.Allot(state.generation, reuse, create), slots=tuple(reuse))
+        self._surveys.gathered(generation)
 
     # --- where the node stands
 
     def _standing(self) -> Standing:
         """What the root is told of this node's ranks."""
         state = self.state
-        present = [member for rank, member in self.members.present() if rank not in self._coming]
+        present = self._voice.listening()
         wants = {member.wants for member in present} if len(present) == len(state.ranks) else {None}
         asked = wants.pop() if len(wants) == 1 else None
-        surveyed = state.surveying and not all(
-            rank in self.members and self.members[rank].pieces for rank in state.ranks
-        )
         return Standing(
             boundary=max((member.boundary for member in present), default=-1),
             room=self._room(present),
@@ -600,7 +535,7 @@ class NodeMachine:
             asking=any(member.wants is not None for member in present),
             cost=self._cost,
             survey=state.generation,
-            pieces=state.generation - 1 if surveyed else state.generation,
+            pieces=self._surveys.pieces,
             wishes=self._requests.wishes(),
             closed=bool(state.ranks) and len(state.closed) == len(state.ranks),
         )
@@ -637,29 +572,26 @@ class NodeMachine:
 
     def _settle(self) -> None:
         """Leave when the job is closed, or when nobody has come for too long."""
-        if self.state.cluster.flushing is not None or self._requests.open or self._wish_for_itself():
+        waits = self.state.cluster.flushing is not None or self._requests.open or self._wish_for_itself()
+        if waits and (self._is_alone or not self._quiet.waited(self._now_s)):
             return
+        if not waits:
+            self._quiet.end_waiting()
         if self._draining:
-            self._out.append(Exit("asked to end by a signal"))
-            return
-        if self._disbanded or self._has_waited_to_part():
-            self._broadcast(m.Closed())
-            self._out.append(Exit("the job has closed"))
-            return
-        if any(self.members.present()) or self._beginning or self.state.has_living_ranks:
+            self._voice.do(Exit("asked to end by a signal"))
+        elif self._disbanded or self._quiet.parted(self.job.closed, self._now_s):
+            self._voice.broadcast(m.Closed())
+            self._voice.do(Exit("the job has closed"))
+        elif any(self.members.present()) or self._beginning or self.state.has_living_ranks:
             self._quiet.end()
-            return
-        linger_s = self._quiet.too_long_s(self.state, self._now_s)
-        if linger_s is not None:
-            self._out.append(Exit(f"nobody came for {linger_s:.0f} s"))
+        elif (linger_s := self._quiet.too_long_s(self.state, self._now_s)) is not None:
+            self._voice.do(Exit(f"nobody came for {linger_s:.0f} s"))
 
-    def _has_waited_to_part(self) -> bool:
-        """All have finished, and some other node has not said that it knows: it may be gone already."""
-        if not self.job.closed:
-            self._closed_at = None
-            return False
-        self._closed_at = self._now_s if self._closed_at is None else self._closed_at
-        return self._now_s - self._closed_at >= PART_S
+    @property
+    def _is_alone(self) -> bool:
+        """The job has no other nodes, that might be gone with what this one waits for."""
+        membership = self.state.cluster.membership
+        return membership is None or len(membership.arenas) <= 1
 
     # --- small things
 
@@ -674,27 +606,3 @@ class NodeMachine:
 
     def _count(self, name: str) -> None:
         self.state.counters[name] = self.state.counters.get(name, 0) + 1
-
-    def _send(self, peer: int, message: m.Message, **descriptors: Any) -> None:
-        self._out.append(Send(peer, message, **descriptors))
-
-    def _send_rank(self, rank: int, message: m.Message, **descriptors: Any) -> None:
-        peer = self.members.peer(rank)
-        if peer is not None and rank not in self._coming:  # who is away is told when it comes back
-            self._send(peer, message, **descriptors)
-
-    def _refuse(self, peer: int, error: str, text: str, promised: Epoch | None = None) -> None:
-        self._send(peer, m.Refuse(error, text[: m.MAX_TEXT], promised))
-
-    def _broadcast(self, message: m.Message, **descriptors: Any) -> None:
-        for rank, _ in self.members.present():
-            self._send_rank(rank, message, **descriptors)
-
-
-def _complaint(world: int, ranks: list[int]) -> str | None:
-    """What is wrong with the ranks of a node."""
-    if not 0 < len(ranks) <= MAX_RANKS:
-        return f"{len(ranks)} ranks on one node; 1 to {MAX_RANKS} are served"
-    if ranks != sorted(set(ranks)) or ranks[-1] >= world:
-        return f"ranks {ranks} of {world}: expected some of the job's, each once, in order"
-    return None

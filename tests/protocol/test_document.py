@@ -10,7 +10,7 @@ import msgspec
 from ckptd.protocol import messages as m
 from ckptd.protocol.cluster.root import PIPELINE
 from ckptd.protocol.cluster.state import ClusterState
-from ckptd.protocol.node import MAX_RANKS
+from ckptd.protocol.members import MAX_RANKS
 from ckptd.protocol.quiet import IDLE_S
 from ckptd.protocol.state import NodeState
 from tests.protocol.tables import DOCUMENT, renewed

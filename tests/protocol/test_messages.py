@@ -20,7 +20,8 @@ from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.cluster.epoch import MAX_RECORDS, Choice, beginning
 from ckptd.protocol.cluster.facts import Held, Shape
 from ckptd.protocol.cluster.state import ClusterState
-from ckptd.protocol.node import MAX_RANKS, NodeMachine
+from ckptd.protocol.members import MAX_RANKS
+from ckptd.protocol.node import NodeMachine
 from ckptd.protocol.state import NodeState
 from tests.protocol.transcript import POLICY, Script, epoch
 

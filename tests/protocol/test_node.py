@@ -7,7 +7,7 @@ import pytest
 from ckptd.core.types import SnapshotId
 from ckptd.protocol import messages as m
 from ckptd.protocol.actions import Send
-from ckptd.protocol.node import MAX_RANKS
+from ckptd.protocol.members import MAX_RANKS
 from ckptd.protocol.state import recover
 from tests.protocol.transcript import Script, epoch
 
