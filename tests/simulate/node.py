@@ -125,6 +125,7 @@ class Node:
         handler(machine, *arguments)
         if machine.state.epoch != epoch:
             self.tasks.clear()  # a Begin stops all work
+            self.world.oracle.epochs.add(machine.state.epoch)
             self.wish = None
         machine.stands(self._standing())
         actions = machine.take()

@@ -70,6 +70,8 @@ class Oracle:
         self.sealed: Announced | None = None
         self.protected: Announced | None = None
         self.protections: dict[Epoch, int] = {}
+        self.epochs: set[Epoch] = set()
+        """Those that have begun anywhere. One that was only written down, and overtaken, has left no branch."""
         self.begun: Epoch | None = None
         """The newest epoch whose restore point is chosen: what older ones still say reaches nobody."""
 
@@ -149,7 +151,8 @@ class Oracle:
         if self.begun is not None and epoch < self.begun:
             return
         point, name = choice.point, choice.name
-        if name is not None and live([name], self.store.records)[:1] != [name]:
+        records = [record for record in self.store.records if record.epoch in self.epochs]
+        if name is not None and live([name], records)[:1] != [name]:
             raise BrokenPromiseError(f"{name} is restored, of a dead branch")
         for found, is_due in ((self.protected, self._losses_are_covered), (self.sealed, self._has_no_loss)):
             if found is not None and (name is None or name < self.name(found.snapshot)) and is_due(found, promised):
