@@ -125,6 +125,11 @@ class Arena:
             log.info("took over %d slots, epoch %s", len(self.slots), self._state.epoch)
         return self._state
 
+    @property
+    def parity_bytes(self) -> int:
+        """Memory of the parity areas."""
+        return sum(area.memory_bytes for area in self.areas.values())
+
     def slots_of(self, snapshot: SnapshotId) -> list[Slot]:
         """Of a grant that is held here, by rank."""
         sealed = self._state.table.holding(snapshot)

@@ -72,11 +72,6 @@ class Protection:
     def _state(self) -> ClusterState:
         return self._machine.state.cluster
 
-    @property
-    def memory_bytes(self) -> int:
-        """Of all parity areas."""
-        return sum(area.memory_bytes for area in self._memory.areas.values())
-
     def begin(self) -> None:
         """An epoch has begun, or this daemon has taken it over: what is held here is given to others."""
         self._stop(lambda snapshot, kind: True)

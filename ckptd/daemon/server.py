@@ -439,6 +439,7 @@ class Daemon:
     def _available(self) -> Headroom:
         """Bytes that new slots may take: the machine's and the cgroups' headroom, and what the job allowed itself."""
         room, policy = headroom(), self._machine.state.policy
+        room = room._replace(available=room.available + self._arena.parity_bytes)  # they are counted with what is made
         if policy is not None and policy.memory_bytes is not None:
             left = policy.memory_bytes - memory_bytes(self._machine.state.table.slots)
             room = min(room, Headroom(left, f"the job's option memory={policy.memory_bytes}"))
@@ -535,6 +536,7 @@ class Daemon:
             "digest": self._address.job.digest,
             "node": node_name(),
             "pid": os.getpid(),
+            "parity_bytes": self._arena.parity_bytes,
             "flush": None if progress is None else progress.report(),
         }
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ckptd.core.types import Epoch
+from ckptd.protocol.cluster.state import PARITY_SETS
 from ckptd.protocol.messages import Layout
 from ckptd.protocol.slots import Slot, SlotTable, memory_bytes
 from ckptd.protocol.state import NodeState
@@ -43,7 +44,7 @@ def allot(state: NodeState, layouts: Sequence[Layout], available_bytes: int, lim
     gone = state.table.retire(state.layouts)
     mapped, left = set(state.instances.values()), state.table.slots
     freed = [slot for slot in gone if slot.ready and slot.owner not in mapped]
-    room = available_bytes + memory_bytes([*left, *freed]) - memory_bytes(left)
+    room = available_bytes + memory_bytes([*left, *freed]) - memory_bytes(left) - parity_bytes(state, layouts)
     wanted = LEAST + (state.own_store is not None) + (state.parity > 0)
     found = distribute(state.table, state.epoch, state.ranks, layouts, wanted, room)
     complaint = None
@@ -57,6 +58,16 @@ def allot(state: NodeState, layouts: Sequence[Layout], available_bytes: int, lim
     elif found and (made := len(found[0].reuse) + len(found[0].create)) < wanted:
         complaint = f"memory for {made} slots a rank instead of {wanted}: a flush or encoding stops snapshots"
     return Allotments(found, [slot.slot for slot in gone], complaint)
+
+
+def parity_bytes(state: NodeState, layouts: Sequence[Layout]) -> int:
+    """What the parities of other nodes' strings take here, if these are as long as this node's."""
+    number, membership = state.cluster.number, state.cluster.membership
+    if number is None or membership is None or not membership.shape.parity:
+        return 0
+    parity, members = membership.shape.parity, len(membership.shape.group_of(number))
+    size = sum(layout.slot_bytes + layout.frozen_bytes for layout in layouts)
+    return PARITY_SETS * parity * -(-size // (members - parity))
 
 
 def distribute(

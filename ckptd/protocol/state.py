@@ -138,6 +138,8 @@ def describe(state: NodeState, connected: Mapping[int, int]) -> dict[str, Any]:
         "promised": None if state.promised is None else str(state.promised),
         "store": state.policy.store if state.policy else None,
         "world": state.world,
+        "nodes": 0 if state.cluster.membership is None else len(state.cluster.membership.arenas),
+        "parity": state.parity,
         "ranks": [
             {
                 "rank": rank,
