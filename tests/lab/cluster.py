@@ -7,6 +7,8 @@ is that node again.
 
 from __future__ import annotations
 
+import functools
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -67,30 +69,25 @@ class Cluster(Laboratory):
 
     def lose(self, *names: str) -> None:
         """Nodes are gone, at one moment."""
-        self._signal(names, signal.SIGKILL)
-        runtimes = self._runtimes(names)
+        runtimes = [str(self.node(name).runtime) for name in names]
+        inject.kill(runtimes, ROLES)
         until(lambda: not list(inject.processes(runtimes)), "the end of the processes of lost nodes")
         for runtime in runtimes:
             shutil.rmtree(runtime, ignore_errors=True)
 
-    def stop(self, *names: str) -> None:
-        """Nodes stand still, at one moment."""
-        for pid in self._signal(names, signal.SIGSTOP):
-            until(lambda pid=pid: self.is_stopped(pid), f"process {pid} to stop")
+    def stop(self, name: str, *roles: str) -> None:
+        """Processes of a node stand still."""
+        for pid in inject.kill([str(self.node(name).runtime)], roles or ROLES, signal.SIGSTOP):
+            until(functools.partial(self.is_stopped, pid), f"process {pid} to stop")
 
-    def proceed(self, *names: str) -> None:
-        """Stopped nodes go on."""
-        self._signal(names, signal.SIGCONT)
+    def proceed(self, name: str) -> None:
+        """What stands still on a node goes on."""
+        inject.kill([str(self.node(name).runtime)], ROLES, signal.SIGCONT)
 
-    def kill_daemon(self, name: str) -> None:
-        """The daemon of a node alone; its keeper stays."""
-        inject.kill(self._runtimes([name]), ["daemon"])
-
-    def _runtimes(self, names: tuple[str, ...] | list[str]) -> list[str]:
-        return [str(self.node(name).runtime) for name in names]
-
-    def _signal(self, names: tuple[str, ...], number: int) -> list[int]:
-        return inject.kill(self._runtimes(names), ROLES, number)
+    def lose_daemon(self, name: str) -> int:
+        """The daemon of a node alone is killed, its keeper stays; its pid."""
+        (pid,) = inject.kill([str(self.node(name).runtime)], ["daemon"])
+        return pid
 
     # --- what they say
 
@@ -111,3 +108,11 @@ class Cluster(Laboratory):
             ),
         )
         return self.step_of(level, *names)
+
+    def refused(self, run: Run) -> list[str]:
+        """The error that each rank of a launch has ended with, apart from where it says it comes from."""
+        assert all(run.ends()), run.said()
+        said = re.findall(
+            r"^(?:\[rank\d+\]: )?ckptd\.core\.errors\.(\w+: )(?:rank \d+: )?(.*)", run.output.read_text(), re.M
+        )
+        return [kind + message for kind, message in said]
