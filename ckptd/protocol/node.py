@@ -278,6 +278,7 @@ class NodeMachine:
             slot = self.state.table.create(info.rank, info.digest, info.size, info.frozen_bytes)
             slot.ready, slots[info.rank] = True, slot.slot
         self.state.table.sealed.append(Sealed(holding.name, snapshot, slots))
+        self._count("rebuilt")
         return list(slots.values())
 
     def _adopt_unheard(self, message: m.Hello) -> None:

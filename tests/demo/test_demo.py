@@ -27,7 +27,7 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     stage = demo.Stage(tmp_path)
     stage.output("broken").write_text("the reason")
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
-    with pytest.raises(demo.DemoError, match=r"(?s)broken: torchrun ended with status 3.*the reason"):
+    with pytest.raises(demo.DemoError, match=r"(?s)broken: ended with status 3.*the reason"):
         demo.follow(stage, "broken", process, demo.Run(tmp_path), lambda run: None, timeout_s=60)
 
 
