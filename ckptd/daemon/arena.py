@@ -95,7 +95,7 @@ class Arena:
         kept = self.keeper.handed_over() if keeper is not None else {}
         fresh = [name for name in ("ledger", "network") if name not in kept]
         self.ledger, self.network = (
-            Ledger(kept.pop(name)) if name in kept else Ledger.create() for name in ("ledger", "network")
+            Ledger(kept.pop(name)) if name in kept else Ledger.create(name) for name in ("ledger", "network")
         )
         self.slots: dict[int, Slot] = {}
         self.areas: dict[int, ParityArea] = {}

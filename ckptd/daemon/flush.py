@@ -143,6 +143,8 @@ class Stores:
         self._tolerate(store, "what was written in vain could not be removed", lambda: opened.sweep(snapshot))
         if keep is not None:
             self._tolerate(store, "older checkpoints could not be removed", lambda: opened.prune(keep))
+        if store in self._untidy:  # the daemon that wrote this flush was killed in the middle of removing something
+            self._tidy(store, snapshot)
         return fresh
 
     def _no_progress(self) -> None:

@@ -53,6 +53,8 @@ class Quiet:
         """Nobody is here: the time that the daemon should have waited, once it has."""
         self._since_s = now_s if self._since_s is None else self._since_s
         linger_s = IDLE_S if state.policy is None else state.policy.linger_s
+        if state.ranks and len(state.closed) == len(state.ranks):
+            linger_s = min(linger_s, WAIT_S)  # other nodes may have gone without saying that all have finished
         if state.frozen or not state.instances:
             linger_s = max(linger_s, JOIN_S)
         return linger_s if now_s - self._since_s >= linger_s else None

@@ -416,9 +416,9 @@ class Ledger:
         self._last: bytes | None = None
 
     @classmethod
-    def create(cls) -> Ledger:
+    def create(cls, name: str = "ledger") -> Ledger:
         """An empty ledger."""
-        descriptor = os.memfd_create("ckptd-ledger", os.MFD_CLOEXEC)
+        descriptor = os.memfd_create(f"ckptd-{name}", os.MFD_CLOEXEC)
         os.ftruncate(descriptor, 2 * cls.HALF)
         return cls(descriptor)
 

@@ -22,7 +22,15 @@ from typing import NamedTuple
 import msgspec
 
 from ckptd.core.config import Options
-from ckptd.core.errors import ConfigError, DaemonError, FormatError, NotFoundError, StoreError, UnrecoverableError
+from ckptd.core.errors import (
+    CkptdError,
+    ConfigError,
+    DaemonError,
+    FormatError,
+    NotFoundError,
+    StoreError,
+    UnrecoverableError,
+)
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.daemon.address import Address
@@ -37,7 +45,7 @@ from ckptd.protocol.cluster import messages as between
 from ckptd.tiers.arena import Slot
 from ckptd.tiers.peers import listening_address, new_token
 from ckptd.tiers.peers.address import join_address
-from ckptd.tiers.store import Store
+from ckptd.tiers.store import Store, not_shared, sees_token
 from ckptd.trainer.collective import Group
 from ckptd.trainer.places import Places
 
@@ -159,6 +167,7 @@ class Start:
         surroundings = _Surroundings()
         encoded = self.group.from_first(lambda: msgspec.msgpack.encode(self._number(least, surroundings)))
         epoch = msgspec.msgpack.decode(encoded, type=Epoch)
+        self._check_shared(epoch.nonce)
         with contextlib.ExitStack() as held:
             connection: list[socket.socket] = []
 
@@ -198,6 +207,21 @@ class Start:
         leader = self.places.node_of[self.group.rank]
         return (begun.choice, begun.borrowed.get(arenas[leader])), 0
 
+    def _check_shared(self, nonce: str) -> None:
+        """Raises ConfigError where the store of another node is not the one in which rank 0 has left a token."""
+        store = self.policy.store
+        if store is None or len(self.places.nodes) == 1:
+            return
+        try:
+            answers = self.group.together(lambda: b"" if not self.places.leads or sees_token(store, nonce) else b"no")
+        finally:
+            if self.group.rank == 0:
+                with contextlib.suppress(CkptdError):
+                    Store.open(store).remove_token(nonce)
+        blind = {self.places.nodes[self.places.node_of[rank]] for rank, answer in enumerate(answers) if answer}
+        if blind:
+            raise not_shared(store, blind)
+
     def _listening(self) -> tuple[str, str]:
         """Where this node's daemon is to listen to others, if there are others. Raises ConfigError."""
         if len(self.places.nodes) == 1:
@@ -211,7 +235,10 @@ class Start:
             found.stored, found.records = store.checkpoints(), store.records()
             found.damaged = [] if self.options.resume == "never" else store.damaged()
         known = [r.epoch.number for r in found.records] + [s.epoch.number for s in found.stored]
-        return Epoch(max([least, *(number + 1 for number in known)]), secrets.token_hex(8))
+        epoch = Epoch(max([least, *(number + 1 for number in known)]), secrets.token_hex(8))
+        if store is not None and len(self.places.nodes) > 1:
+            store.leave_token(epoch.nonce)
+        return epoch
 
     def _decide(self, epoch: Epoch, answers: Sequence[m.Promise], found: _Surroundings) -> _Begun:
         """Rank 0: the restore point, and how the epoch begins from it."""

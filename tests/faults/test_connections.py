@@ -65,7 +65,7 @@ def test_daemon_by_hand(storeless: Lab, expected: Callable[..., str]) -> None:
         before = storeless.reaches(lambda s: s["newest"]["sealed"] is not None, "a sealed snapshot")
         (old,) = storeless.kill("keeper")
         until(lambda: storeless.pids("keeper") not in ([], [old]), "another keeper")
-        until(lambda: len(storeless.kept()) == len(before["slots"]) + 1, "the keeper to hold the slots and the ledger")
+        until(lambda: len(storeless.kept()) == len(before["slots"]) + 2, "the keeper to hold slots and ledgers")
         by_hand.kill()
     after = storeless.reaches(lambda s: s["pid"] != before["pid"], "another daemon")
     assert after["newest"]["sealed"] >= before["newest"]["sealed"]

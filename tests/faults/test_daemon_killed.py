@@ -106,7 +106,7 @@ def test_keeper_killed(lab: Lab, expected: Callable[..., str]) -> None:
     (old,) = lab.kill("keeper")
     until(lambda: lab.pids("keeper") not in ([], [old]), "another keeper")
     lab.reaches(lambda s: s["pid"] == before["pid"], "the same daemon")
-    until(lambda: len(lab.kept()) == len(before["slots"]) + 1, "the keeper to hold the slots and the ledger")
+    until(lambda: len(lab.kept()) == len(before["slots"]) + 2, "the keeper to hold slots and ledgers")
     lab.kill("daemon")
     after = lab.reaches(lambda s: s["pid"] != before["pid"], "another daemon")
     assert after["newest"] == before["newest"]
@@ -135,7 +135,7 @@ def test_killed_while_slots_are_dropped(when: str, storeless: Lab, expected: Cal
     storeless.fires("drop")
     storeless.holds("hold")
     status = storeless.reaches(lambda s: (s["newest"]["sealed"] or 0) > 15, "a snapshot in the new slots")
-    until(lambda: len(storeless.kept()) == len(status["slots"]) + 1, "the keeper to hold the slots and the ledger")
+    until(lambda: len(storeless.kept()) == len(status["slots"]) + 2, "the keeper to hold slots and ledgers")
     assert len(status["slots"]) == 2
     storeless.release("hold")
     run.finishes()

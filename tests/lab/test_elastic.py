@@ -1,0 +1,41 @@
+"""A job that goes on from memory on another number of nodes than it was captured on."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.lab import Fault
+from tests.lab.cluster import Cluster
+from tests.lab.test_lost_nodes import HOLD
+
+LATER = {"again": Fault("step", "hold", call=150, process="rank0")}
+"""Late enough for grants to come before."""
+
+
+@pytest.mark.parametrize(
+    ("names", "redundancy", "lost", "left"),
+    [
+        ("a b c d", "2+2", "b d", "a c"),  # both strings that are lost are decoded, one on each node
+        ("a b", "1+1", "b", "a"),  # a node alone decodes from its own memory
+        ("a b", "1+1", "", "a b c"),  # nothing is lost; the new node reads from the others
+        ("a b", "1+1", "a", "b c d"),
+    ],
+)
+def test_another_number_of_nodes(cluster: Cluster, names: str, redundancy: str, lost: str, left: str) -> None:
+    """What no node holds whole is made anew; training goes on, and is protected again where there are others."""
+    nodes = names.split()
+    run = cluster.start(names, faults=HOLD, redundancy=redundancy)
+    cluster.holds("hold")
+    protected = cluster.reach("protected", 10, *nodes)
+    if lost:
+        cluster.lose(*lost.split())
+    run.kill()
+    run = cluster.start(left, faults=LATER, steps=200)
+    cluster.holds("again")
+    assert run.restored()["source"] == "memory"
+    step = run.restored()["step"]
+    assert step >= protected
+    cluster.reach("protected" if len(left.split()) > 1 else "sealed", step + 1, *left.split())
+    cluster.release("again")
+    run.finishes()
+    cluster.daemons_end()
