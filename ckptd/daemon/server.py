@@ -19,6 +19,7 @@ import resource
 import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -577,9 +578,16 @@ def run(job: str, keeper: int | None = None) -> int:
             with contextlib.suppress(OSError):
                 socket.socket(fileno=keeper).send(b"X")
         return 1
-    reason = asyncio.run(Daemon(address, keeper).serve())
-    log.info("leaving: %s", reason)
+    asyncio.run(_serve(Daemon(address, keeper)))
     return 0
+
+
+async def _serve(daemon: Daemon) -> None:
+    """Threads that hang, above all in calls to other nodes, do not keep a process that has freed everything."""
+    log.info("leaving: %s", await daemon.serve())
+    timer = threading.Timer(LEAVE_S, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 def _lock(address: Address, kept: bool) -> int | None:

@@ -12,6 +12,7 @@ from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.epoch import Launch, choose, numbered, tolerated
+from ckptd.protocol.cluster.epoch import promise as promise_of
 from ckptd.protocol.cluster.facts import Entry, Held, Membership, Shape, children_of, conjunction, merged, parent_of
 from ckptd.protocol.cluster.member import MemberMachine
 from ckptd.protocol.cluster.standing import Failure, Flush, Standing, Wish, together
@@ -217,6 +218,20 @@ def test_nothing_happens_between_promise_and_begin() -> None:
     job.stands(1, 9)
     machine.repeat()
     assert machine.take() == []
+
+
+def test_an_epoch_has_a_number_of_its_own() -> None:
+    """Without a store a launch begins to count at 1 again: half of the restarts took the number of the epoch before."""
+    state = ClusterState("a")
+    first, same = Epoch(1, "5" * 16), Epoch(1, "9" * 16)
+    assert isinstance(promise_of(state, first), m.Promise)
+    assert isinstance(promise_of(state, first), m.Promise), "said again"
+    refusal = promise_of(state, same)
+    assert isinstance(refusal, m.Refuse)
+    launch = Launch(["a"], [], Shape(((0,),), 0), same.nonce)
+    launch.heard(refusal)
+    assert launch.epoch == Epoch(2, same.nonce)
+    assert isinstance(promise_of(state, launch.epoch), m.Promise)
 
 
 def test_an_arena_that_is_not_named_posts_nothing() -> None:

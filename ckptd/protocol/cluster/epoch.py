@@ -192,7 +192,7 @@ class Launch:
             self.begun.add(message.arena)
         elif self.choice is None and isinstance(message, m.Promise):
             self.promises[message.arena] = message
-        elif self.choice is None and isinstance(message, m.Refuse) and message.promised >= self.epoch:
+        elif self.choice is None and isinstance(message, m.Refuse) and message.promised.number >= self.epoch.number:
             self.epoch = Epoch(message.promised.number + 1, self.epoch.nonce)
             self.promises.clear()
         self._choose()
@@ -232,10 +232,9 @@ class Launch:
 
 def promise(state: ClusterState, epoch: Epoch) -> m.Promise | m.Refuse:
     """The answer to Prepare; from now on the state is frozen."""
-    if state.promised is not None and epoch < state.promised:
-        return m.Refuse(epoch, state.arena, state.promised)
-    if state.epoch is not None and epoch <= state.epoch:
-        return m.Refuse(epoch, state.arena, state.epoch)
+    for known in (state.promised, state.epoch):
+        if known is not None and epoch.number <= known.number and not (epoch == known and state.frozen):
+            return m.Refuse(epoch, state.arena, known)
     state.promised = epoch
     held = tuple(item for holding in state.holdings if (item := holding.held()) is not None)
     return m.Promise(epoch, state.arena, held, state.protected, tuple(state.records))
