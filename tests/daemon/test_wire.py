@@ -20,6 +20,7 @@ HELLO = m.Hello(
     Epoch(1, "0" * 16),
     0,
     1,
+    [0],
     "p",
     None,
     m.Policy(
@@ -43,6 +44,10 @@ class Deaf:
 
     def repeat(self) -> list[m.Message]:
         return []
+
+    @property
+    def granted(self) -> int:
+        return 0
 
 
 @pytest.fixture

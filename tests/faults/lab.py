@@ -428,7 +428,8 @@ class Laboratory(abc.ABC):
         found = store.checkpoints()
         for snapshot in found:
             with store.reader(snapshot) as reader:
-                assert reader.verify() == []
+                problems = reader.verify()
+                assert not problems, problems
         return sorted(snapshot.step for snapshot in found)
 
     def directories(self) -> list[Path]:
