@@ -61,7 +61,8 @@ def test_slot(where: str, lab: Lab, expected: Callable[..., str]) -> None:
     the geometry, which the daemon knows."""
     run = lab.start(faults={"kill": Fault("backward", call=15)}, flush_every=5, linger_s=600.0)
     run.dies()
-    status = lab.reaches(lambda s: s["newest"]["durable"] is not None and s["flush"] is None, "a checkpoint")
+    newest = lambda s: s["newest"]["sealed"] is not None and s["newest"]["durable"] == s["newest"]["sealed"]  # noqa: E731
+    status = lab.reaches(newest, "the newest snapshot to be durable, and what is too old to be removed")
     durable = max(lab.checkpoints())
     restorable = status["newest"]["sealed"]
     damage_slot(lab, restorable, SLOT[where])
