@@ -11,7 +11,6 @@ import asyncio
 import collections
 import contextlib
 import errno
-import fcntl
 import functools
 import logging
 import os
@@ -33,6 +32,7 @@ from ckptd.daemon.address import Address, address_of, connect, is_locked, listen
 from ckptd.daemon.arena import Arena, close_all
 from ckptd.daemon.flush import Stores
 from ckptd.daemon.others import Others
+from ckptd.daemon.pieces import Pieces
 from ckptd.daemon.processes import Watch, identify
 from ckptd.daemon.protecting import slot_info
 from ckptd.daemon.wire import readable, receive, send
@@ -43,7 +43,7 @@ from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.node import NodeMachine
 from ckptd.protocol.slots import memory_bytes
 from ckptd.tiers.arena import Slot
-from ckptd.tiers.memory import SEALS, Headroom, headroom
+from ckptd.tiers.memory import Headroom, headroom
 
 log = logging.getLogger("ckptd.daemon")
 
@@ -82,8 +82,7 @@ class Daemon:
         self._machine = NodeMachine(self._arena.recover(address.job.name), time.monotonic())
         self._peers: dict[int, Peer] = {}
         self._numbered = 0
-        self._pieces: dict[int, int] = {}
-        self._planned: tuple[bytes, int] | None = None
+        self._pieces = Pieces()
         self._processes = Watch(self._ended)
         self._stores = Stores(address.job.name)
         self._tasks: set[asyncio.Future[None]] = set()
@@ -263,7 +262,9 @@ class Daemon:
             message = m.Report({**message.report, **self._report()})
         held = [os.dup(held) for n in action.slots if n in self._slots for held in self._slots[n].descriptors]
         held += [held for n in action.readable if n in self._slots for held in self._readable_slot(n)]
-        held += [_read_only(self._book())] if action.pieces else []
+        if isinstance(message, m.Plan):
+            said = self._others.said() | self._said_here()
+            held.append(_read_only(self._pieces.book(message.generation, said)))
         peer.backlog.append((message, held))
         self._drain(peer)
 
@@ -382,26 +383,12 @@ class Daemon:
         rank = next((r for r, x in self._machine.members.items() if x.peer == peer.number), None)
         if rank is None:
             os.close(descriptor)
-            return
-        old = self._pieces.pop(rank, None)
-        self._pieces[rank] = descriptor
-        if old is not None:
-            os.close(old)
+        else:
+            self._pieces.take(rank, descriptor)
 
     def _said_here(self) -> dict[int, bytes]:
         """What the ranks of this node have said of their states."""
-        found = {rank: self._pieces[rank] for rank in self._machine.state.ranks if rank in self._pieces}
-        return {rank: os.pread(part, os.fstat(part).st_size, 0) for rank, part in found.items()}
-
-    def _book(self) -> int:
-        """What all ranks have said of their states, in one descriptor. The last one stays until another is made."""
-        said = self._others.said() | self._said_here()
-        packed = msgspec.msgpack.encode([said[rank] for rank in sorted(said)])
-        if self._planned is None or self._planned[0] != packed:
-            if self._planned is not None:
-                os.close(self._planned[1])
-            self._planned = packed, _sealed_memory("ckptd-plan", packed)
-        return self._planned[1]
+        return self._pieces.of(self._machine.state.ranks)
 
     def _take_slot(self, number: int, descriptors: list[int]) -> bool:
         """Keeps a slot that a trainer made as it was told to, and then its `descriptors`; refuses any other."""
@@ -607,14 +594,6 @@ def _lock(address: Address, kept: bool) -> int | None:
             return None
         except DaemonError:
             time.sleep(0.05)
-
-
-def _sealed_memory(name: str, content: bytes) -> int:
-    """A memfd that nobody can change any more."""
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.write(descriptor, content)
-    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS | fcntl.F_SEAL_WRITE)
-    return descriptor
 
 
 def _read_only(descriptor: int) -> int:
