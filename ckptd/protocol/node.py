@@ -246,7 +246,7 @@ class NodeMachine:
         """Who has said Hello is in as soon as what the epoch goes on from is here, maybe rebuilt."""
         point = self.state.cluster.point if self.state.cluster.continued else None
         holding = None if point is None else self.state.cluster.find(point)
-        if self.state.frozen or (holding is not None and not holding.data and not holding.freed):
+        if self.state.frozen or (holding is not None and not holding.data):
             return
         coming, self._voice.coming = dict(self._voice.coming), {}
         for rank, returns in coming.items():

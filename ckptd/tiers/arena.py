@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptd.core.catalog import Catalog
-from ckptd.core.errors import CorruptionError, FormatError
+from ckptd.core.errors import CorruptionError, DaemonError, FormatError
 from ckptd.core.native import address_of, crc32c, populate
 from ckptd.core.types import SnapshotId
 from ckptd.format.objects import unpack_table
@@ -408,7 +408,8 @@ class SnapshotReader:
 class Ledger:
     """The daemon's own state in memory that a keeper holds. Two copies, written in turn."""
 
-    HALF = 4 * 1024 * 1024
+    HALF = 64 * 1024 * 1024
+    """Room for the seal records of a group of seven nodes with a terabyte of state each; pages come when written."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -423,7 +424,9 @@ class Ledger:
         return cls(descriptor)
 
     def write(self, payload: bytes) -> None:
-        """Replaces the state; does nothing if it has not changed."""
+        """Replaces the state; does nothing if it has not changed. Raises DaemonError for one that has no room."""
+        if len(payload) > self.HALF - _RECORD.size:
+            raise DaemonError(f"ledger: the daemon's state takes {len(payload)} bytes, expected at most {self.HALF}")
         if payload != self._last:
             self._sequence += 1
             write_record(self.descriptor, self.HALF * (self._sequence % 2), _LEDGER, self._sequence, payload)

@@ -30,6 +30,8 @@ class Job:
         self.membership, self.slots = Membership(EPOCH, arenas, (), Shape(groups, parity)), slots
         self.machines = [MemberMachine(ClusterState(arena), POLICY, fan_out) for arena in arenas]
         self.said: list[list[m.MemberAction]] = [[] for _ in arenas]
+        self.cannot_encode: set[int] = set()
+        """Members whose encoding neither ends nor fails by itself."""
         self._queue: collections.deque[tuple[int, m.BetweenDaemons]] = collections.deque()
         begin = m.Begin(EPOCH, self.membership, None, 0, False, 0, {}, None)
         for machine in self.machines:
@@ -70,7 +72,7 @@ class Job:
             if isinstance(action, m.Describe):
                 machine.described(action.snapshot, b"record")
                 self._carry_out(number)
-            elif isinstance(action, m.Encode):
+            elif isinstance(action, m.Encode) and number not in self.cannot_encode:
                 machine.encoded(action.snapshot)
                 self._carry_out(number)
             elif isinstance(action, m.Tell) and action.arena != "launch":

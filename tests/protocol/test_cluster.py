@@ -14,7 +14,7 @@ from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.epoch import Launch, choose, numbered, tolerated
 from ckptd.protocol.cluster.epoch import promise as promise_of
 from ckptd.protocol.cluster.facts import Entry, Held, Membership, Shape, children_of, conjunction, merged, parent_of
-from ckptd.protocol.cluster.member import MemberMachine
+from ckptd.protocol.cluster.member import GIVE_UP_AFTER, MemberMachine
 from ckptd.protocol.cluster.standing import Failure, Flush, Standing, Wish, together
 from ckptd.protocol.cluster.state import ClusterState, Holding, recover
 from tests.protocol.cluster import EPOCH, POLICY, Job, epoch
@@ -204,6 +204,61 @@ def test_parity_is_not_given_up_before_anything_follows(slots: int) -> None:
         assert holding.parity is None or holding.snapshot == machine.state.protected or holding.snapshot < newest
 
 
+def test_what_is_known_does_not_grow_while_protection_stands_still() -> None:
+    """Hours of snapshots that are sealed, passed over and freed, while one of them cannot be encoded."""
+    job = Job(8, 4, 1, fan_out=2)
+    job.cannot_encode = {5}
+    for step in range(300):
+        job.steps(step)
+    sealed = {a.step for a in job.said[0] if isinstance(a, m.Announce) and a.level == Level.SEALED}
+    assert len(sealed) > 100
+    for machine in job.machines:
+        assert len(machine.state.holdings) <= 4
+        assert len(machine.verdicts) <= 4
+        assert sum(len(facts.entries) for facts in machine._below.values()) <= 4 * 2
+    encoding = next(h.snapshot for h in job.machines[5].state.holdings if h.area is not None)
+    job.machines[5].encoded(encoding)
+    job._carry_out(5)
+    job.settle()
+    assert {machine.state.protected for machine in job.machines} == {encoding}
+
+
+def test_what_cannot_be_encoded_does_not_keep_what_follows_from_being_protected() -> None:
+    """A string that has rotted before its parity was made: its encoding fails again and again."""
+    job = Job(4, 4, 1)
+    job.cannot_encode = {2}
+    for step in range(3):
+        job.steps(step)
+    (stuck,) = [h.snapshot for h in job.machines[2].state.holdings if h.area is not None]
+    for step in range(3, 3 + GIVE_UP_AFTER):
+        assert all(machine.state.find(stuck) is not None for machine in job.machines)
+        job.machines[2].encoding_failed(stuck)
+        job.machines[2].repeat()
+        job.steps(step)
+    job.cannot_encode.clear()
+    for holding in job.machines[2].state.holdings:
+        job.machines[2].encoding_failed(holding.snapshot)
+    job.machines[2].repeat()
+    for step in range(3 + GIVE_UP_AFTER, 40):
+        job.steps(step)
+    for machine in job.machines:
+        assert machine.state.find(stuck) is None
+        assert machine.state.protected is not None
+        assert machine.state.protected > stuck
+
+
+def test_a_member_that_has_missed_the_end_of_a_snapshot_lets_go_of_it() -> None:
+    """A grant that was dead and forgotten before this member heard of it."""
+    job = Job(2, 2, 1)
+    machine = job.machines[1]
+    job.stands(1, 0)
+    machine.handle(m.Decided(EPOCH, 0, (Entry(SnapshotId(EPOCH, 3)),)))
+    machine.take()
+    machine.handle(m.Decided(EPOCH, 0, (Entry(SnapshotId(EPOCH, 9)),), over=SnapshotId(EPOCH, 5)))
+    assert m.Revoke(SnapshotId(EPOCH, 3)) in machine.take()
+    assert [h.snapshot.step for h in machine.state.holdings] == [9]
+
+
 def test_nothing_happens_between_promise_and_begin() -> None:
     job = Job(2, 2, 1)
     for step in range(3):
@@ -255,15 +310,11 @@ def test_the_level_of_a_restore_point_says_what_it_survives() -> None:
 
 
 def test_a_new_daemon_frees_what_nobody_knows_and_misses_what_is_gone() -> None:
-    known, gone, freed, unknown = (SnapshotId(E1, step) for step in (4, 5, 6, 7))
-    holdings = [Holding(x, 0, TRIPLE, data=True, area=0, encoded=True, freed=x == freed) for x in (known, gone, freed)]
+    known, gone, unknown = (SnapshotId(E1, step) for step in (4, 5, 7))
+    holdings = [Holding(x, 0, TRIPLE, data=True, area=0, encoded=True) for x in (known, gone)]
     state = ClusterState("a", holdings=holdings)
-    assert recover(state, [known, freed, unknown], [known, gone, unknown]) == [
-        (freed, "data"),
-        (unknown, "data"),
-        (unknown, "parity"),
-    ]
-    assert [(h.data, h.encoded) for h in holdings] == [(True, True), (False, True), (True, False)]
+    assert recover(state, [known, unknown], [known, gone, unknown]) == [(unknown, "data"), (unknown, "parity")]
+    assert [(h.data, h.encoded) for h in holdings] == [(True, True), (False, True)]
 
 
 def test_a_grant_that_comes_after_a_later_one_is_missed() -> None:

@@ -129,7 +129,7 @@ def test_keeping_only_what_is_known_to_be_protected_is_seen(monkeypatch: pytest.
     """The root alone knew, and is lost. Everybody else had posted Parity. One of some thousand schedules shows it: the
     root must have died before as well, and named something newer when it came back."""
     monkeypatch.setattr(epoch, "may_be_protected", lambda held: False)
-    breaks("is freed", "was protected", first=250)
+    breaks("is freed", "was protected", first=2500)
 
 
 def test_freeing_on_the_own_groups_protection_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -257,7 +257,7 @@ def begin(state: ClusterState, message: m.Begin) -> list[m.Free]:
         state.durable = None  # on a branch that is left
     freed: list[m.Free] = []
     for holding in list(state.holdings):
-        kept = holding.snapshot in (message.point, message.protected) and not holding.freed
+        kept = holding.snapshot in (message.point, message.protected)
         moved = state.continued and holding.snapshot == message.point and holding.string != state.number
         if not kept or moved:
             state.holdings.remove(holding)

@@ -22,11 +22,14 @@ from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.epoch import begin, newest_known, promise
 from ckptd.protocol.cluster.facts import FAN_OUT, Entry, Part, children_of, conjunction, merged, newer, parent_of
 from ckptd.protocol.cluster.flushing import Flushing
-from ckptd.protocol.cluster.parity import Work
-from ckptd.protocol.cluster.root import DEAD, Root
+from ckptd.protocol.cluster.parity import Kind, Work
+from ckptd.protocol.cluster.root import Root
 from ckptd.protocol.cluster.standing import Failure, Flush, Outcome, Standing, together
 from ckptd.protocol.cluster.state import ClusterState, Holding
 from ckptd.protocol.messages import MAX_TEXT, Policy
+
+GIVE_UP_AFTER = 16
+"""Failures of this node's work on a snapshot, a pause after each, before its parity is given up."""
 
 
 class MemberMachine:
@@ -152,11 +155,16 @@ class MemberMachine:
         """It cannot be done now; or the string is `damaged`, and is rebuilt where that is possible."""
         holding = self.state.find(snapshot)
         if holding is not None and self._work.describing == snapshot and not self.state.frozen:
-            self._work.describing_failed(snapshot)
             holding.data = not damaged
+            self._fails("describe", snapshot)
+
+    def _fails(self, work: Kind, snapshot: SnapshotId) -> None:
+        """Again, later; but not for ever, where something newer can be protected."""
+        if self._work.fails(work, snapshot) >= GIVE_UP_AFTER:
+            self.give_up_parity(snapshot)
 
     def give_up_parity(self, snapshot: SnapshotId) -> None:
-        """Encoding, or rebuilding before it, takes too long: goes on until something newer is sealed, or protected."""
+        """Encoding, or what must be done before it, fails for good: only if something newer is sealed, or protected."""
         state, holding = self.state, self.state.find(snapshot)
         if holding is None or state.frozen or not state.is_current(snapshot):
             return
@@ -173,7 +181,8 @@ class MemberMachine:
 
     def encoding_failed(self, snapshot: SnapshotId) -> None:
         """A source cannot be had now."""
-        self._work.encoding_failed(snapshot)
+        if self._work.encoding == snapshot:
+            self._fails("encode", snapshot)
 
     def rebuilt(self, snapshot: SnapshotId, record: bytes) -> bool:
         """The string is whole again, checked against its seal record. Whether anybody wants it."""
@@ -190,7 +199,8 @@ class MemberMachine:
 
     def rebuilding_failed(self, snapshot: SnapshotId) -> None:
         """Too few sources can be had now."""
-        self._work.rebuilding_failed(snapshot)
+        if self._work.rebuilding == snapshot:
+            self._fails("rebuild", snapshot)
 
     def written(self, number: int) -> None:
         """This node's files of a flush are in the store, synced and listed."""
@@ -251,10 +261,8 @@ class MemberMachine:
             if step is not None:
                 self._out.append(m.Announce(protected, step, Level.PROTECTED))
         self._learn_flush(message.flush, message.last)
-        protected = newer(known.protected, protected)
-        dead = sorted((s for s, verdict in self.verdicts.items() if verdict.sealed is False), reverse=True)
-        for snapshot in {*dead[DEAD:], *(s for s in self.verdicts if protected is not None and s < protected)}:
-            if not self._is_flushing(snapshot) and state.find(snapshot) is None:
+        for snapshot in list(self.verdicts):
+            if message.ends(snapshot) and not self._is_flushing(snapshot):
                 del self.verdicts[snapshot]
         if message.survey > known.survey:
             self._out.append(m.Survey(message.survey))
@@ -264,13 +272,14 @@ class MemberMachine:
             message.epoch,
             state.number or 0,
             tuple(self.verdicts[s] for s in sorted(self.verdicts)),
-            protected,
+            newer(known.protected, protected),
             newer(known.encoding, message.encoding),
             max(known.survey, message.survey),
             max(known.plan, message.plan),
             state.flush,
             state.last,
             known.closed or message.closed,
+            newer(known.over, message.over),
         )
 
     def _learn_verdict(self, verdict: Entry) -> None:
@@ -348,7 +357,9 @@ class MemberMachine:
     def _is_wanted(self, snapshot: SnapshotId) -> bool:
         """Facts of it are not superseded."""
         known = self._known
-        return known is None or known.protected is None or snapshot >= known.protected or self._is_flushing(snapshot)
+        assert known is not None
+        old = known.protected is not None and snapshot < known.protected
+        return self._is_flushing(snapshot) or not (old or known.ends(snapshot))
 
     def _own(self) -> m.Facts:
         """What this member has posted."""
@@ -419,6 +430,9 @@ class MemberMachine:
                 self._revoke(holding)
             elif holding is not None and verdict.sealed:
                 holding.agreed, holding.replicas = True, {}
+        for holding in state.holdings:
+            if holding.capturing and self._is_over(holding.snapshot):
+                self._revoke(holding)
 
     def _granted(self, verdict: Entry) -> None:
         """A grant that has come too late, or for which there is no room, is NotSealed by all."""
@@ -469,7 +483,7 @@ class MemberMachine:
         if flush is None or flush.number in (self._writing, self.state.written):
             return
         holding = self.state.find(flush.snapshot)
-        if holding is None or holding.freed:
+        if holding is None:
             self._failed = Failure(flush.number, f"member {self.state.number} does not hold {flush.snapshot} any more")
         elif holding.data:
             self._writing = flush.number
@@ -490,29 +504,17 @@ class MemberMachine:
             if self._is_flushing(snapshot) or holding.capturing:
                 continue
             verdict = self.verdicts.get(snapshot)
-            old = protected is not None and snapshot < protected
-            if old or (verdict is not None and verdict.sealed is False and self.state.is_current(snapshot)):
-                self._drop(holding)
+            dead = verdict is not None and verdict.sealed is False and self.state.is_current(snapshot)
+            if dead or self._is_over(snapshot) or (protected is not None and snapshot < protected):
+                if holding.area is not None:
+                    self._out.append(m.Free(snapshot, "parity"))
+                self._out.append(m.Free(snapshot, "data"))
+                self._work.forget(snapshot)
                 self.state.holdings.remove(holding)
-            elif self._is_superseded(snapshot, protected):
-                self._drop(holding)
-                holding.freed = True
 
-    def _is_superseded(self, snapshot: SnapshotId, protected: SnapshotId | None) -> bool:
-        """Its parity was given up, and a newer one is sealed by all."""
-        verdict = self.verdicts.get(snapshot)
-        if verdict is None or verdict.parity is not False or snapshot == protected:
-            return False
-        return self._is_followed(snapshot)
-
-    def _drop(self, holding: Holding) -> None:
-        if holding.area is not None:
-            self._out.append(m.Free(holding.snapshot, "parity"))
-        if not holding.freed:
-            self._out.append(m.Free(holding.snapshot, "data"))
-        self._work.forget(holding.snapshot)
-        holding.area, holding.encoded, holding.data = None, False, False
-        holding.records.clear()
+    def _is_over(self, snapshot: SnapshotId) -> bool:
+        """The root says that nobody needs it any more."""
+        return self._known is not None and self._known.ends(snapshot) and self.state.is_current(snapshot)
 
     # --- telling
 

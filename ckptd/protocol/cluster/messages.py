@@ -79,7 +79,8 @@ class Facts(ClusterMessage, frozen=True):
 class Decided(ClusterMessage, frozen=True):
     """Down the tree: the verdict on each snapshot, open ones being grants; the newest protected one; what to encode;
     the generation of layouts to survey, and the one to `plan`, of which all pieces are there; the newest flush, and the
-    last one that has ended; `closed`: all ranks have finished and everything is durable."""
+    last one that has ended; `closed`: all ranks have finished and everything is durable; `over`: what is not listed up
+    to this snapshot is freed, and nobody speaks of it any more."""
 
     sender: int
     verdicts: tuple[Entry, ...]
@@ -90,6 +91,12 @@ class Decided(ClusterMessage, frozen=True):
     flush: Flush | None = None
     last: Outcome | None = None
     closed: bool = False
+    over: SnapshotId | None = None
+
+    def ends(self, snapshot: SnapshotId) -> bool:
+        """Nobody needs a snapshot of the epoch any more."""
+        listed = any(verdict.snapshot == snapshot for verdict in self.verdicts)
+        return self.over is not None and snapshot <= self.over and not listed
 
 
 class SealRecord(ClusterMessage, frozen=True):
@@ -150,7 +157,7 @@ def check(message: BetweenDaemons) -> None:
             _check_number(message.heard)
             _check_number(message.granted)
         case Decided():
-            _check_entries(message.verdicts, message.encoding, message.protected)
+            _check_entries(message.verdicts, message.encoding, message.protected, message.over)
             _check_flushes(message.flush, message.last)
         case SealRecord() | Recorded():
             _check_snapshots([message.snapshot])

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Literal
 
 from ckptd.core.types import SnapshotId
 from ckptd.protocol.cluster import messages as m
 from ckptd.protocol.cluster.facts import Entry, Part
 from ckptd.protocol.cluster.state import ClusterState, Holding
+
+Kind = Literal["describe", "encode", "rebuild"]
 
 
 @dataclasses.dataclass
@@ -25,7 +28,8 @@ class Work:
     verifying: tuple[SnapshotId, Part] | None = None
     acknowledged: dict[SnapshotId, set[int]] = dataclasses.field(default_factory=dict)
     _offered: set[SnapshotId] = dataclasses.field(default_factory=set)
-    _failed: set[tuple[str, SnapshotId]] = dataclasses.field(default_factory=set)
+    _failed: set[tuple[Kind, SnapshotId]] = dataclasses.field(default_factory=set)
+    _failures: dict[SnapshotId, int] = dataclasses.field(default_factory=dict)
     _scrubbed: tuple[SnapshotId, str] | None = None
 
     def repeat(self) -> None:
@@ -43,30 +47,27 @@ class Work:
             self.rebuilding = None
         if self.verifying is not None and self.verifying[0] == snapshot:
             self.verifying = None
+        self.acknowledged.pop(snapshot, None)
+        self._failures.pop(snapshot, None)
 
-    def describing_failed(self, snapshot: SnapshotId) -> None:
-        """Again, later."""
-        self.describing = None
-        self._failed.add(("describe", snapshot))
-
-    def encoding_failed(self, snapshot: SnapshotId) -> None:
-        """Again, later."""
-        if self.encoding == snapshot:
+    def fails(self, work: Kind, snapshot: SnapshotId) -> int:
+        """What runs has failed, and is begun again after a pause. How often work on the snapshot has failed so far."""
+        if work == "describe":
+            self.describing = None
+        elif work == "encode":
             self.encoding = None
-            self._failed.add(("encode", snapshot))
-
-    def rebuilding_failed(self, snapshot: SnapshotId) -> None:
-        """Again, later."""
-        if self.rebuilding == snapshot:
+        else:
             self.rebuilding = None
-            self._failed.add(("rebuild", snapshot))
+        self._failed.add((work, snapshot))
+        self._failures[snapshot] = failures = self._failures.get(snapshot, 0) + 1
+        return failures
 
     def due(
         self, state: ClusterState, verdicts: dict[SnapshotId, Entry], named: SnapshotId | None
     ) -> Iterator[m.MemberAction]:
         """What is to be begun now. `named`: what the root wants to be encoded."""
         for holding in state.holdings:
-            if not state.is_current(holding.snapshot) or holding.freed:
+            if not state.is_current(holding.snapshot):
                 continue
             verdict = verdicts.get(holding.snapshot)
             if verdict is not None and verdict.sealed and holding.shape.parity:

@@ -40,6 +40,7 @@ class Root:
     survey: int = 0
     plan: int = 0
     closed: bool = False
+    over: SnapshotId | None = None
     _uncompared: int | None = None
 
     def decide(self, state: ClusterState, up: Facts, now_s: float) -> Decided:
@@ -48,6 +49,7 @@ class Root:
         assert state.membership is not None
         complete = up.heard == len(state.membership.arenas)
         self._judge(up)
+        self._forget(state)
         self.granted = max(self.granted, up.granted)
         self.encoding = newer(self.encoding, up.encoding)
         self._name_encoding(state)
@@ -71,23 +73,34 @@ class Root:
             self.flushing.flush,
             self.flushing.last,
             self.closed,
+            self.over,
         )
 
     def _judge(self, up: Facts) -> None:
         """Verdicts are conjunctions of facts; they only grow. What is decided needs no checksums any more."""
         for entry in up.entries:
             old = self.verdicts.get(entry.snapshot)
+            if old is None and self.over is not None and entry.snapshot <= self.over:
+                continue
             verdict = merged(old, msgspec.structs.replace(entry, replicas={}))
             self.verdicts[entry.snapshot] = verdict
             if verdict.sealed is not None and (old is None or old.sealed is None):
                 self._note(verdict)
             if verdict.protected:
                 self.protected = newer(self.protected, entry.snapshot)
+
+    def _forget(self, state: ClusterState) -> None:
+        """What is over is no longer listed: dead for a while, older than what is protected, or superseded, that is, its
+        parity was given up and a newer one is sealed by all."""
+        newest, protected = self._newest(), newer(state.protected, self.protected)
         dead = sorted((s for s, verdict in self.verdicts.items() if verdict.sealed is False), reverse=True)
-        old_ones = [s for s in self.verdicts if self.protected is not None and s < self.protected]
-        for snapshot in {*dead[DEAD:], *old_ones}:
-            if not self.flushing.is_writing(snapshot):
+        for snapshot, verdict in list(self.verdicts.items()):
+            given_up = verdict.sealed and verdict.parity is False and snapshot != protected
+            superseded = given_up and newest is not None and snapshot < newest.snapshot
+            old = self.protected is not None and snapshot < self.protected
+            if (superseded or old or snapshot in dead[DEAD:]) and not self.flushing.is_writing(snapshot):
                 del self.verdicts[snapshot]
+                self.over = newer(self.over, snapshot)
 
     def _note(self, verdict: Entry) -> None:
         """What a verdict says of the cadence, and of when to compare next."""

@@ -21,8 +21,7 @@ class Holding(msgspec.Struct):
     """A snapshot that this arena has to do with, of `world` ranks. `capturing`: some may be writing. `data`: its string
     is whole here. `area`: its parity set; `encoded`: the parities in it are complete. `sealed`, `parity`: the facts as
     posted in this epoch; `agreed`: all have posted Sealed. `replicas`: what its ranks say they have in common with
-    others, until all have. `freed`: superseded, only its facts are left. `records`: number -> seal record of each
-    member of the group, its own too."""
+    others, until all have. `records`: number -> seal record of each member of the group, its own too."""
 
     snapshot: SnapshotId
     string: int
@@ -38,7 +37,6 @@ class Holding(msgspec.Struct):
     agreed: bool = False
     late: bool = False
     replicas: dict[int, int] = {}
-    freed: bool = False
     records: dict[int, bytes] = {}
 
     def entry(self) -> Entry:
@@ -113,7 +111,7 @@ class ClusterState(msgspec.Struct):
     @property
     def newest(self) -> Holding | None:
         """The newest snapshot that is known to be sealed by all: of this epoch, or what it goes on from."""
-        found = [h for h in self.holdings if h.agreed and not h.freed and self.is_current(h.snapshot)]
+        found = [h for h in self.holdings if h.agreed and self.is_current(h.snapshot)]
         return max(found, key=lambda holding: holding.snapshot, default=None)
 
     @property
@@ -162,7 +160,7 @@ def recover(
     for holding in state.holdings:
         holding.data = holding.data and holding.snapshot in data
         holding.encoded = holding.encoded and holding.snapshot in parity
-    known = {h.snapshot for h in state.holdings if not h.freed}
+    known = {h.snapshot for h in state.holdings}
     areas = {h.snapshot for h in state.holdings if h.area is not None}
     strings: list[tuple[SnapshotId, Part]] = [(snapshot, "data") for snapshot in data if snapshot not in known]
     return strings + [(snapshot, "parity") for snapshot in parity if snapshot not in areas]
