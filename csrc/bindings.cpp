@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -16,6 +17,7 @@
 #include "byteplanes.hpp"
 #include "copy.hpp"
 #include "crc32c.hpp"
+#include "cuda.hpp"
 #include "erasure.hpp"
 #include "isal.hpp"
 #include "memory.hpp"
@@ -203,6 +205,45 @@ void transform_planes(nb::handle source, nb::handle target, std::int64_t itemsiz
     transform(from.data(), to.data(), from.size() / bytes, bytes);
 }
 
+std::shared_ptr<cuda::Copy> cuda_copy(cuda::Engine& engine, int device, const std::vector<cuda::Stream>& after,
+                                      const Column& source, const Column& target, const Column& sizes,
+                                      const Column& source_strides, const Column& itemsize) {
+    if (source.ndim() != 1) throw nb::value_error("Cuda.copy: source is not one-dimensional");
+    if (sizes.ndim() != 2) throw nb::value_error("Cuda.copy: sizes is not two-dimensional");
+    const std::size_t count = source.shape(0);
+    const std::size_t dimensions = sizes.shape(1);
+    const auto* strides = checked<const std::int64_t>(source_strides, "Cuda.copy: source_strides", {count, dimensions});
+    const CopyJobs jobs{count,
+                        dimensions,
+                        checked<const std::uint64_t>(source, "Cuda.copy: source", {count}),
+                        checked<const std::uint64_t>(target, "Cuda.copy: target", {count}),
+                        checked<const std::int64_t>(sizes, "Cuda.copy: sizes", {count, dimensions}),
+                        strides,
+                        strides,
+                        checked<const std::int64_t>(itemsize, "Cuda.copy: itemsize", {count}),
+                        nullptr};
+    nb::gil_scoped_release released;
+    check_jobs(jobs);
+    return engine.copy(device, after, jobs);
+}
+
+void define_cuda(nb::module_& module) {
+    using namespace nb::literals;
+    using Released = nb::call_guard<nb::gil_scoped_release>;
+    nb::class_<cuda::Copy>(module, "CudaCopy")
+        .def("hold", &cuda::Copy::hold, "stream"_a, Released())
+        .def("finished", &cuda::Copy::finished, "seconds"_a, Released())
+        .def("settle", &cuda::Copy::settle, Released())
+        .def_prop_ro("error", &cuda::Copy::error);
+    nb::class_<cuda::Engine>(module, "Cuda")
+        .def(nb::init<const std::string&>(), "library"_a)
+        .def("pin", &cuda::Engine::pin, "device"_a, "address"_a, "size"_a, Released())
+        .def("unpin", &cuda::Engine::unpin, "device"_a, "address"_a, Released())
+        .def("copy", &cuda_copy, "device"_a, "after"_a, "source"_a.noconvert(), "target"_a.noconvert(),
+             "sizes"_a.noconvert(), "source_strides"_a.noconvert(), "itemsize"_a.noconvert())
+        .def("close", &cuda::Engine::close, Released());
+}
+
 void populate_pages(std::uint64_t address, std::uint64_t size, bool write) {
     int error = 0;
     {
@@ -248,4 +289,5 @@ NB_MODULE(_native, module) {
                "sizes"_a.noconvert(), "targets"_a.noconvert(), "lengths"_a.noconvert(), nb::kw_only(),
                "crc"_a.noconvert() = nb::none(), "threads"_a = 1, "portable"_a = false);
     module.def("populate", &populate_pages, "address"_a, "size"_a, nb::kw_only(), "write"_a = true);
+    define_cuda(module);
 }

@@ -1,7 +1,12 @@
 """The native functions: checksums, copies of strided boxes, byte planes, erasure codes, population of memory.
 
-The only importer of `ckptd._native`. Loads ISA-L once, on import: from the pyeclib wheel, else the system's. All
-functions release the GIL and check what they can (ValueError); addresses cannot be checked and are the caller's care.
+The only importer of `ckptd._native`. Loads ISA-L once, on import: from the pyeclib wheel, else the system's; the CUDA
+driver where a `Cuda` is made. All functions release the GIL and check what they can (ValueError); addresses cannot be
+checked and are the caller's care.
+
+`Cuda(library)` copies from devices: RuntimeError where the driver is not there, or says no. `copy` queues boxes of one
+device into packed targets, as `copy_boxes` takes them, after what is queued on the streams `after`; its `CudaCopy` says
+when they are there (`finished`, then `settle`), and lets streams wait for it (`hold`). csrc/cuda.hpp has the details.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckptd import _native
+from ckptd._native import Cuda, CudaCopy
 from ckptd.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,6 +27,8 @@ if TYPE_CHECKING:
     from ckptd._native import BufferLike
 
 __all__ = [
+    "Cuda",
+    "CudaCopy",
     "address_of",
     "byteplanes_join",
     "byteplanes_split",
