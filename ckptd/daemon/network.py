@@ -92,6 +92,7 @@ class Network:
         self._peers: dict[str, Peer] = {}
         self._outboxes: dict[str, _Outbox] = {}
         self._pulling = Peers({})
+        self._offered: dict[tuple[SnapshotId, str], bytes] = {}
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="peers")
         self._loop = asyncio.get_running_loop()
 
@@ -248,9 +249,12 @@ class Network:
         self._loop.run_in_executor(self._threads, peer.ask, "tell", body, MESSAGE_S).add_done_callback(sent)
 
     def offer(self, snapshot: SnapshotId, what: str, content: bytes) -> int:
-        """Others may pull it; its size. What was offered under that name before is gone."""
-        self.sources.withdraw(snapshot, what)
-        self.sources.register(snapshot, what, MemorySource(content))
+        """Others may pull it; its size. What was offered under that name before is gone, unless it was the same: all
+        others ask for it at about the same time, and some of them are pulling it already."""
+        if self._offered.get((snapshot, what)) != content:
+            self.sources.withdraw(snapshot, what)
+            self.sources.register(snapshot, what, MemorySource(content))
+            self._offered[snapshot, what] = content
         return len(content)
 
     # --- what others ask, on threads of the server
@@ -294,6 +298,7 @@ class Network:
             with contextlib.suppress(CkptdError):
                 self._server.close(deadline_s=1.0)
             self._server = None
+        self._offered.clear()
         self.sources.close()
 
 

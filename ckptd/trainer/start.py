@@ -31,7 +31,7 @@ from ckptd.core.errors import (
     StoreError,
     UnrecoverableError,
 )
-from ckptd.core.lineage import EpochRecord
+from ckptd.core.lineage import EpochRecord, live
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.daemon.address import Address
 from ckptd.daemon.client import refusal, request
@@ -331,9 +331,13 @@ def _choose(
     durable = {snapshot for snapshot in found.stored if (snapshot, STORE) not in excluded}
     spoiled = {snapshot for snapshot, source in excluded if source == MEMORY}
     chosen = cluster.choose(promises, found.records, durable, wanted, spoiled)
-    name = chosen.name
+    name, lost = chosen.name, _lost(promises, found.records, wanted)
     if name is not None:
+        if lost is not None and not chosen.held:
+            log.error("%s; the newest checkpoint is %s", lost, name)
         return chosen, Choice(epoch, name, MEMORY if chosen.held else STORE, name in durable, chosen.world)
+    if lost is not None:
+        raise UnrecoverableError(f"{lost}; bring one of them back, or start with resume='never' to begin anew")
     if excluded:
         raise UnrecoverableError(
             "no snapshot that was announced safe can be read: "
@@ -348,6 +352,27 @@ def _choose(
             f"({len(durable)} there)"
         )
     return chosen, Choice(epoch, None, NOTHING)
+
+
+def _lost(promises: Sequence[between.Promise], records: Sequence[EpochRecord], wanted: Wanted) -> str | None:
+    """What is gone of the newest snapshot that was protected, where that is more than it survives."""
+    known = max((promise.protected for promise in promises if promise.protected is not None), default=None)
+    held = [item for promise in promises for item in promise.held if item.snapshot == known]
+    if known is None or not held or cluster.tolerated(held) is not None:
+        return None
+    shape, name = held[0].shape, SnapshotId(known.epoch, held[0].step)
+    lineage = [*records, *(record for promise in promises for record in promise.records)]
+    if not shape.parity or not wanted(name) or name not in live({name}, lineage):
+        return None
+    both = {item.string for item in held if item.data and item.parity}
+    gone = [(group, sorted(set(group) - both)) for group in shape.groups]
+    text = "; ".join(
+        f"of nodes {', '.join(map(str, group))} as they were then, {', '.join(map(str, numbers))} have lost their data "
+        f"or parities, and {shape.parity} may be lost"
+        for group, numbers in gone
+        if len(numbers) > shape.parity
+    )
+    return f"{name} was protected and is lost from memory: {text}"
 
 
 def _hello(address: Address, hello: m.Hello) -> tuple[socket.socket, list[Slot]]:

@@ -1,0 +1,70 @@
+"""The nodes of one job that ranks.py plays the ranks of: made, lost, and gone at the end."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import signal
+from pathlib import Path
+
+from tests.faults.inject import sitecustomize as inject
+from tests.faults.lab import until
+from tests.lab.ranks import Host
+
+ROLES = ("keeper", "daemon")
+
+
+class Hosts:
+    """Use as a context manager: whatever happens, none of their processes lives on."""
+
+    def __init__(self, folder: Path, job: str = "a job") -> None:
+        self._folder, self._job = folder, job
+        self._numbers = itertools.count()
+        self._made: list[Host] = []
+
+    def __enter__(self) -> Hosts:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        until(lambda: not inject.kill(self._runtimes(self._made), ROLES), "the end of all daemons")
+
+    def make(self, count: int, **variables: str) -> list[Host]:
+        """New nodes, whose daemons listen."""
+        made = []
+        for number in itertools.islice(self._numbers, count):
+            host = Host(self._job, f"n{number}", self._folder / f"n{number}", variables)
+            self._made.append(host)
+            made.append(host)
+            host.start()
+        for host in made:
+            host.wait()
+        return made
+
+    def lose(self, *hosts: Host) -> None:
+        """SIGKILL to all processes of these nodes, at one moment; their runtime directories are gone with them."""
+        runtimes = self._runtimes(hosts)
+        inject.kill(runtimes, ROLES)
+        until(lambda: not list(inject.processes(runtimes)), "the end of the processes of lost nodes")
+        for runtime in runtimes:
+            shutil.rmtree(runtime, ignore_errors=True)
+
+    def stop(self, *hosts: Host) -> None:
+        """Their processes stand still."""
+        inject.kill(self._runtimes(hosts), ROLES, signal.SIGSTOP)
+
+    def proceed(self, *hosts: Host) -> None:
+        """They go on."""
+        inject.kill(self._runtimes(hosts), ROLES, signal.SIGCONT)
+
+    def end(self) -> None:
+        """Waits until no daemon runs; their files are gone."""
+        until(
+            lambda: not list(inject.processes(self._runtimes(self._made))),
+            lambda: f"the end of {[*inject.processes(self._runtimes(self._made))]}",
+        )
+        left = [path for host in self._made if host.runtime.exists() for path in host.runtime.rglob("*")]
+        assert left == []
+
+    @staticmethod
+    def _runtimes(hosts: list[Host] | tuple[Host, ...]) -> list[str]:
+        return [str(host.runtime) for host in hosts]
