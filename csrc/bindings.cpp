@@ -268,6 +268,7 @@ NB_MODULE(_native, module) {
     module.def("copy_boxes", &copy_boxes_of, "source"_a.noconvert(), "target"_a.noconvert(), "sizes"_a.noconvert(),
                "source_strides"_a.noconvert(), "target_strides"_a.noconvert(), "itemsize"_a.noconvert(), nb::kw_only(),
                "crc"_a.noconvert() = nb::none(), "threads"_a = 1);
+    module.def("helpers_cpu_s", &helpers_cpu_seconds);
     module.def("copy_bytes", &copy_bytes, "source_address"_a, "target"_a, "crc"_a = true);
     module.def("address_of", &address_of, "buffer"_a);
     module.def(

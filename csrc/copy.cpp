@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <ctime>
 #include <deque>
 #include <stdexcept>
 #include <string>
@@ -23,6 +24,16 @@ constexpr std::int64_t parts_per_thread = 4;  // at least, of the whole call: ev
 constexpr std::int64_t job_cost_bytes = 512;  // what setting up a job costs, as bytes copied in that time
 constexpr std::int64_t batch_cost_bytes = 512 * 1024;
 constexpr std::int64_t thread_cost_bytes = 1024 * 1024;  // less work than this is not worth another thread
+
+std::atomic<std::int64_t> helpers_nanoseconds{0};
+
+// Called by a helper at its end: what it has taken of the processor.
+void account_for_helper() {
+    timespec taken{};
+    if (clock_gettime(CLOCK_THREAD_CPUTIME_ID, &taken) == 0) {
+        helpers_nanoseconds += std::int64_t{taken.tv_sec} * 1'000'000'000 + taken.tv_nsec;
+    }
+}
 
 // A piece of one job that is too big for one thread.
 struct Part {
@@ -162,16 +173,24 @@ void copy_boxes(const CopyJobs& jobs, std::size_t threads) {
     const auto work = [&] {
         for (std::size_t task = next++; task < tasks; task = next++) run_task(jobs, plan, task);
     };
+    const auto help = [&] {
+        work();
+        account_for_helper();
+    };
     // Started anew each time: a pool would not survive the fork of a data loader's workers.
     std::vector<std::thread> helpers;
     try {
-        while (helpers.size() + 1 < std::min({threads, tasks, useful})) helpers.emplace_back(work);
+        while (helpers.size() + 1 < std::min({threads, tasks, useful})) helpers.emplace_back(help);
     } catch (const std::system_error&) {
         // No more threads to be had: those that run will do it all.
     }
     work();
     for (std::thread& helper : helpers) helper.join();
     if (jobs.crc != nullptr) join_checksums(jobs, plan);
+}
+
+double helpers_cpu_seconds() {
+    return static_cast<double>(helpers_nanoseconds.load()) * 1e-9;
 }
 
 }  // namespace ckptd

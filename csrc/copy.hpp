@@ -28,4 +28,7 @@ void check_jobs(const CopyJobs& jobs);
 // each other or any source.
 void copy_boxes(const CopyJobs& jobs, std::size_t threads);
 
+// What the other threads of all calls so far have taken of the processor.
+double helpers_cpu_seconds();
+
 }  // namespace ckptd

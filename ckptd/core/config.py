@@ -40,6 +40,7 @@ class Options:
     grace_s: float = 25.0
     linger_s: float = 1800.0
     protection_bandwidth: int | None = None
+    trace: str | None = None
     tls_dir: str | None = None
 
     @classmethod
@@ -56,7 +57,7 @@ class Options:
                 values[name] = _parse(name, text)
         options = cls(**values)
         options._check()
-        return options
+        return options if options.trace is None else dataclasses.replace(options, trace=os.path.abspath(options.trace))
 
     def _check(self) -> None:
         wrong = []
@@ -100,6 +101,11 @@ class Options:
             self.protection_bandwidth is None or whole(self.protection_bandwidth, 1),
             "protection_bandwidth",
             "bytes a second from 1 up, or None for no limit",
+        )
+        require(
+            self.trace is None or (isinstance(self.trace, str) and 0 < len(self.trace) <= 4096),
+            "trace",
+            "a directory for traces, or None",
         )
         require(
             self.tls_dir is None or (isinstance(self.tls_dir, str) and 0 < len(self.tls_dir) <= 4096),

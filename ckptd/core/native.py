@@ -38,6 +38,7 @@ __all__ = [
     "crc32c_combine",
     "erasure_decode",
     "erasure_encode",
+    "helpers_cpu_s",
     "populate",
 ]
 
@@ -99,6 +100,11 @@ def copy_boxes(
     Who does not trust the source copies first and takes the checksum of the copy.
     """
     _native.copy_boxes(source, target, sizes, source_strides, target_strides, itemsize, crc=crc, threads=threads)
+
+
+def helpers_cpu_s() -> float:
+    """CPU seconds of the threads that `copy_boxes` has started since the process began; its callers are not counted."""
+    return _native.helpers_cpu_s()
 
 
 def copy_bytes(source_address: int, target: BufferLike, crc: bool = True) -> int:

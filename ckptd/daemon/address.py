@@ -19,6 +19,7 @@ import os
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -157,3 +158,22 @@ def is_locked(path: Path) -> bool:
         except BlockingIOError:
             return True
     return False
+
+
+def take_over(address: Address, kept: bool, patience_s: float) -> int | None:
+    """The job's lock on this node, for a daemon; None where another one serves it, or is about to: one without a keeper
+    (not `kept`) gives way to a keeper's, which has the arena. One that is leaving is waited for."""
+    until = time.monotonic() + patience_s
+    while True:
+        address.create()
+        lock = take_lock(address.lock)
+        if lock is not None and not kept and is_locked(address.keeper):
+            os.close(lock)
+            lock = None
+        if lock is not None or time.monotonic() > until:
+            return lock
+        try:
+            connect(address).close()
+            return None
+        except DaemonError:
+            time.sleep(0.05)

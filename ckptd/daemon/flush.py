@@ -22,6 +22,7 @@ from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.config import node_name
 from ckptd.core.errors import CkptdError, NotFoundError, StoreError
 from ckptd.core.types import Epoch, SnapshotId
+from ckptd.observe.trace import Trace
 from ckptd.plan.share import Read, known_alone, object_rows, tie_equal
 from ckptd.protocol.actions import WriteRecord
 from ckptd.tiers.arena import Slot, SnapshotReader
@@ -59,8 +60,9 @@ class Stores:
     """The stores of one daemon, each opened once: a Store remembers what is in doubt after a failed fsync. Methods that
     write run on worker threads."""
 
-    def __init__(self, job: str, node: str | None = None) -> None:
+    def __init__(self, job: str, node: str | None = None, trace: Trace | None = None) -> None:
         self.progress: Progress | None = None
+        self._trace = trace or Trace(job)
         self._job = job
         self._node = node or node_name()
         self._opened: dict[str, Store] = {}
@@ -123,7 +125,8 @@ class Stores:
             _refuse_newer(opened, epoch)
             given = _contribution(SnapshotReader(snapshot, slots), progress.counting, alone=parts == 1)
             progress.total_bytes = sum(_stored_bytes(rows.catalog) for rows in (given.rows, given.own) if rows)
-            with self._attempt(store, snapshot, alone=parts == 1):
+            spanning = self._trace.spanning("write", step=snapshot.step, bytes=progress.total_bytes)
+            with self._attempt(store, snapshot, alone=parts == 1), spanning:
                 writer.write(given, threads=_workers(), cancelled=lambda: self._is_cancelled(snapshot))
 
     def commit(
@@ -138,11 +141,12 @@ class Stores:
         opened = self._open(store)
         fresh = not opened.committed(snapshot)
         if fresh:
-            with self._attempt(store, snapshot, alone=parts == 1):
+            with self._attempt(store, snapshot, alone=parts == 1), self._trace.spanning("commit", step=snapshot.step):
                 joint.commit(opened, snapshot, self._job, parts, lambda: _refuse_newer(opened, epoch))
         self._tolerate(store, "what was written in vain could not be removed", lambda: opened.sweep(snapshot))
         if keep is not None:
-            self._tolerate(store, "older checkpoints could not be removed", lambda: opened.prune(keep))
+            with self._trace.spanning("prune", keep=keep):
+                self._tolerate(store, "older checkpoints could not be removed", lambda: opened.prune(keep))
         if store in self._untidy:  # the daemon that wrote this flush was killed in the middle of removing something
             self._tidy(store, snapshot)
         return fresh

@@ -19,6 +19,7 @@ from ckptd.core.types import Job, SnapshotId
 from ckptd.daemon.arena import Arena
 from ckptd.daemon.network import Directory, Network, decode_directory, key_of
 from ckptd.daemon.protecting import Protection
+from ckptd.observe.trace import Trace
 from ckptd.protocol import messages as m
 from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.cluster.facts import children_of, parent_of
@@ -55,10 +56,11 @@ class Others:
         node: str,
         pieces: Callable[[], Mapping[int, bytes]],
         acted: Callable[[], None],
+        trace: Trace,
     ) -> None:
         self._machine, self._arena, self._pieces, self._acted = machine, arena, pieces, acted
         self._network = Network(job, node, arena.network, self._answer)
-        self._protection = Protection(machine, self._network, arena, acted)
+        self._protection = Protection(machine, self._network, arena, acted, trace)
         self._node = node
         self._said: dict[int, bytes] = {}
         self._said_at = self._scrubbed_at = 0.0

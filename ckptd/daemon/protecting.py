@@ -18,6 +18,7 @@ import msgspec
 from ckptd.core.errors import CkptdError, CorruptionError, DaemonError, UnrecoverableError
 from ckptd.core.types import SnapshotId
 from ckptd.daemon.network import Network
+from ckptd.observe.trace import Trace
 from ckptd.plan.stripe import Group
 from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.cluster.state import ClusterState, Holding
@@ -58,8 +59,10 @@ class Protection:
         network: Network,
         memory: Memory,
         acted: Callable[[], None],
+        trace: Trace,
     ) -> None:
         self._machine, self._network, self._memory, self._acted = machine, network, memory, acted
+        self._trace = trace
         self._protector: Protector | None = None
         self._running: dict[tuple[SnapshotId, str], Cancellation] = {}
         self._names: dict[SnapshotId, SnapshotId] = {}
@@ -193,7 +196,7 @@ class Protection:
         try:
             if self._withdrawing:
                 await asyncio.wait(self._withdrawing)
-            await asyncio.to_thread(task.run)
+            await asyncio.to_thread(self._traced, task)
         except (CkptdError, OSError) as error:
             failure = error
         except Exception as error:
@@ -213,6 +216,10 @@ class Protection:
         else:
             self._done(task)
         self._acted()
+
+    def _traced(self, task: _Task) -> None:
+        with self._trace.spanning(type(task.action).__name__.lower(), step=task.name.step):
+            task.run()
 
     def _failed(self, action: Work, error: Exception) -> None:
         job, damaged = self._machine.job, isinstance(error, CorruptionError)

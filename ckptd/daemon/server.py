@@ -26,9 +26,9 @@ from typing import Any
 import msgspec
 
 from ckptd.core.config import node_name
-from ckptd.core.errors import CkptdError, DaemonError, FormatError
+from ckptd.core.errors import CkptdError, FormatError
 from ckptd.core.types import Epoch, Job, SnapshotId
-from ckptd.daemon.address import Address, address_of, connect, is_locked, listen, take_lock
+from ckptd.daemon.address import Address, address_of, listen, take_over
 from ckptd.daemon.arena import Arena, close_all
 from ckptd.daemon.flush import Stores
 from ckptd.daemon.others import Others
@@ -37,6 +37,7 @@ from ckptd.daemon.processes import Watch, identify
 from ckptd.daemon.protecting import slot_info
 from ckptd.daemon.wire import readable, receive, send
 from ckptd.observe.logging import to_stderr
+from ckptd.observe.trace import Trace
 from ckptd.protocol import messages as m
 from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, Send, WriteRecord
 from ckptd.protocol.cluster import messages as cluster
@@ -84,7 +85,8 @@ class Daemon:
         self._numbered = 0
         self._pieces = Pieces()
         self._processes = Watch(self._ended)
-        self._stores = Stores(address.job.name)
+        self._trace = Trace(f"daemon-{node_name()}")
+        self._stores = Stores(address.job.name, trace=self._trace)
         self._tasks: set[asyncio.Future[None]] = set()
         self._writing: dict[SnapshotId, SnapshotId] = {}
         """Grant -> name of what is being made durable, or was."""
@@ -101,9 +103,10 @@ class Daemon:
         loop = asyncio.get_running_loop()
         self._leaving = loop.create_future()
         self._others = Others(
-            self._machine, self._arena, self._address.job, node_name(), self._said_here, self._carry_out
+            self._machine, self._arena, self._address.job, node_name(), self._said_here, self._carry_out, self._trace
         )
         self._others.resume()
+        self._observe()
         for instance, process in list(self._machine.state.processes.items()):
             self._watch(instance, process)
         self._listening = listen(self._address)
@@ -214,8 +217,14 @@ class Daemon:
             self._machine.handle(peer.number, message, now, process=process, available_bytes=available, limit=limit)
             if self._machine.state.epoch != epoch:
                 self._others.begun()
+                self._observe()
         if isinstance(message, m.Hello) and process is not None:
             self._watch(message.instance, process)
+
+    def _observe(self) -> None:
+        """Traces go where the job wants them."""
+        policy = self._machine.state.policy
+        self._trace.begin(None if policy is None else policy.trace)
 
     def _carry_out(self) -> None:
         """Persists what was decided, then acts."""
@@ -538,6 +547,7 @@ class Daemon:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=LEAVE_S)
         await self._others.leave()
+        self._trace.close()
         loop.remove_reader(self._arena.keeper.fileno())
         self._address.remove()
         self._arena.keeper.leave()
@@ -558,7 +568,7 @@ def run(job: str, keeper: int | None = None) -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     address = address_of(Job(job))
-    lock = _lock(address, keeper is not None)
+    lock = take_over(address, keeper is not None, LEAVE_S + TAKE_S)
     if lock is None:
         log.error("another daemon serves job %r on this node (%s)", job, address.directory)
         if keeper is not None:
@@ -575,25 +585,6 @@ async def _serve(daemon: Daemon) -> None:
     timer = threading.Timer(LEAVE_S, os._exit, (0,))
     timer.daemon = True
     timer.start()
-
-
-def _lock(address: Address, kept: bool) -> int | None:
-    """The job's lock on this node; None where another daemon serves it, or is about to: one without a keeper (not
-    `kept`) gives way to a keeper's, which has the arena. One that is leaving is waited for."""
-    until = time.monotonic() + LEAVE_S + TAKE_S
-    while True:
-        address.create()
-        lock = take_lock(address.lock)
-        if lock is not None and not kept and is_locked(address.keeper):
-            os.close(lock)
-            lock = None
-        if lock is not None or time.monotonic() > until:
-            return lock
-        try:
-            connect(address).close()
-            return None
-        except DaemonError:
-            time.sleep(0.05)
 
 
 def _read_only(descriptor: int) -> int:

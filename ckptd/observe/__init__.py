@@ -1,1 +1,1 @@
-"""What the runtime says of itself: logs."""
+"""What the runtime says of itself: logs, traces."""

@@ -18,7 +18,6 @@ import os
 import threading
 import time
 
-import msgspec
 import numpy as np
 
 from ckptd.core.config import Options
@@ -28,6 +27,7 @@ from ckptd.daemon.client import refusal
 from ckptd.daemon.session import Session
 from ckptd.format.objects import pack_table
 from ckptd.protocol import messages as m
+from ckptd.trainer.costs import Costs
 from ckptd.trainer.memory import SnapshotMemory
 from ckptd.trainer.state import AppState
 from ckptd.trainer.window import Running, Window
@@ -43,27 +43,21 @@ BOUNDARY_S = 0.002
 """Boundaries that follow each other faster are not all told: the daemon would fall behind and grant what has passed."""
 
 
-class Statistics(msgspec.Struct):
-    """What the loop paid and got. Seconds and counts since the start of this process."""
-
-    steps: int = 0
-    snapshots_captured: int = 0
-    snapshots_sealed: int = 0
-    snapshots_skipped: int = 0
-    stall_s_total: float = 0.0
-    stall_s_last: float = 0.0
-    bytes_captured: int = 0
-    skip_reasons: dict[str, int] = {}
-
-
 class Capture:
     """See the module docstring. Implements the session's Handler."""
 
     def __init__(
-        self, state: AppState, epoch: Epoch, rank: int, threads: int, options: Options, durable: int = -1
+        self,
+        state: AppState,
+        epoch: Epoch,
+        rank: int,
+        threads: int,
+        options: Options,
+        costs: Costs,
+        durable: int = -1,
     ) -> None:
-        """`durable`: the step that was restored, if it is in the store already."""
-        self.statistics = Statistics()
+        """`costs`: the account to keep. `durable`: the step that was restored, if it is in the store already."""
+        self._costs = costs
         self.session: Session | None = None
         self._state, self._epoch, self._rank, self._threads, self._options = state, epoch, rank, threads, options
         self._changed = threading.Condition()
@@ -93,15 +87,18 @@ class Capture:
 
     # --- the training thread
 
-    def boundary(self, step: int, step_s: float, updated: bool) -> None:
+    def boundary(self, step: int, updated: bool) -> None:
         """`step` steps are complete. `updated`: an optimizer has stepped since the last boundary."""
         self.close_window()
-        self.statistics.steps += 1
+        with self._costs.boundary(step):
+            self._at_boundary(step, updated)
+
+    def _at_boundary(self, step: int, updated: bool) -> None:
         self.memory.release()
         with self._lock:
             if self._refused is not None:
                 raise self._refused
-            self._boundary = m.Boundary(step, step_s)
+            self._boundary = m.Boundary(step, self._costs.step_s)
         now = time.monotonic()
         if now - self._told_at >= BOUNDARY_S:
             self._told_at = now
@@ -149,12 +146,11 @@ class Capture:
         """Returns when nothing is being copied any more: before any write that a copy must not see."""
         window = self._window
         if window is not None:
-            started = time.perf_counter()
-            window.finish(self._options.max_stall_s)
-            self._window = None
-            if window.written:
-                self.memory.written_in_window(window.written)
-            self._stalled(time.perf_counter() - started)
+            with self._costs.before_update(window.capture.snapshot.step):
+                window.finish(self._options.max_stall_s)
+                self._window = None
+                if window.written:
+                    self.memory.written_in_window(window.written)
 
     def wait(self, level: Level, step: int, until: float | None) -> Level:
         """Until a snapshot of `step` or later has reached `level`, or the monotonic time `until`. Raises StoreError,
@@ -288,17 +284,16 @@ class Capture:
             self._outcomes[outcome.grant] = outcome
             if self._capturing == outcome.grant:
                 self._capturing = None
-            if isinstance(outcome, m.Missed):
-                self.statistics.snapshots_skipped += 1
-                reasons = self.statistics.skip_reasons
-                reasons[outcome.reason] = reasons.get(outcome.reason, 0) + 1
-            else:
-                self.statistics.snapshots_captured += 1
-                self.statistics.bytes_captured += self.memory.captured_bytes
+            self._costs.settled(outcome)
             self._changed.notify_all()
         self._say(outcome)
 
     def _capture(self, grant: m.Grant, step: int) -> None:
+        with self._costs.capturing(step):
+            self._begin(grant, step)
+
+    def _begin(self, grant: m.Grant, step: int) -> None:
+        """Copies what is copied eagerly, and opens the window for the rest."""
         started = time.perf_counter()
         try:
             jobs = self.memory.jobs(audit=grant.compare)
@@ -314,22 +309,19 @@ class Capture:
             lazy = jobs.lazy if self._options.capture == "lazy" else jobs.lazy[:0]
             eager = np.concatenate([jobs.eager, np.setdiff1d(jobs.windowed, lazy, assume_unique=True)])
             jobs.copy(eager, slot.map(), capture.crcs, self._threads)
+            self._costs.copied(int(jobs.catalog.raw[eager].sum()))
             if len(lazy):
+                self._costs.lazily(grant.grant, int(jobs.catalog.raw[lazy].sum()))
                 self._window = Window(capture, lazy, self._audits(), self._threads)
             else:
                 capture.complete()
         except Exception:  # whatever it is, training goes on
             log.exception("step %d is not captured", step)
             self._settle(m.Missed(grant.grant, "failed"))
-        self._stalled(time.perf_counter() - started)
 
     def _audits(self) -> bool:
         self._windows += 1
         return self._options.audit or self._windows <= AUDITED_FIRST or self._windows % AUDITED_EVERY == 0
-
-    def _stalled(self, seconds: float) -> None:
-        self.statistics.stall_s_last = seconds
-        self.statistics.stall_s_total += seconds
 
     # --- the session's thread
 
@@ -398,16 +390,8 @@ class Capture:
         match message:
             case m.Survey():
                 self._survey = message.generation
-            case m.Reached(step=step, level=Level.DURABLE):
-                self._durable = max(self._durable, step)
-                self._failed_flush = None
-            case m.Reached(step=step, level=Level.PROTECTED):
-                self._protected = max(self._protected, step)
-            case m.Reached(step=step):
-                if step > self._sealed:
-                    self.statistics.snapshots_sealed += 1
-                self._sealed = max(self._sealed, step)
-                self._forget(message.grant)
+            case m.Reached():
+                self._reached(message)
             case m.FlushFailed():
                 self._failed_flush = (message.step, message.message)
                 log.error("step %d could not be made durable: %s", message.step, message.message)
@@ -421,6 +405,19 @@ class Capture:
                 self._refused = refusal(message)
             case _:
                 self._answers.append(message)
+
+    def _reached(self, message: m.Reached) -> None:
+        known = {Level.DURABLE: self._durable, Level.PROTECTED: self._protected}.get(message.level, self._sealed)
+        if message.step > known:
+            self._costs.reached(message.level, message.step)
+        newest = max(known, message.step)
+        if message.level is Level.DURABLE:
+            self._durable, self._failed_flush = newest, None
+        elif message.level is Level.PROTECTED:
+            self._protected = newest
+        else:
+            self._sealed = newest
+            self._forget(message.grant)
 
     def _forget(self, sealed: int) -> None:
         """Outcomes of grants up to one that is sealed are superseded."""

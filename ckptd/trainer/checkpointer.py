@@ -28,11 +28,13 @@ from ckptd.core.errors import ConfigError, FormatError, UnrecoverableError
 from ckptd.core.types import Job, Level, SnapshotId
 from ckptd.daemon.address import Address, address_of
 from ckptd.daemon.session import Session
+from ckptd.observe.trace import Trace
 from ckptd.protocol import messages as m
 from ckptd.tiers.arena import SnapshotReader
 from ckptd.tiers.store import Store, StoredCheckpoint, location
 from ckptd.trainer import collective, start
-from ckptd.trainer.capture import Capture, Statistics
+from ckptd.trainer.capture import Capture
+from ckptd.trainer.costs import Costs, Statistics
 from ckptd.trainer.node_memory import NodeMemory, open_memory
 from ckptd.trainer.places import Places
 from ckptd.trainer.restoring import restore_state
@@ -74,15 +76,13 @@ class Checkpointer:
         self._terminator: Terminator | None = None
         self._unhook: Callable[[], None] | None = None
         self._restored: dict[str, Any] | None = None
-        self._statistics = Statistics()
+        self._costs: Costs | None = None
         self._step = 0
         self._open: int | None = None
         self._left = False
         self._updates = 0
         self._updates_seen = 0
         self._always_updated = False
-        self._boundary_at = 0.0
-        self._step_s = 0.0
 
     # --- the context
 
@@ -120,6 +120,8 @@ class Checkpointer:
             self._unhook()
         if self._terminator is not None:
             self._terminator.end()
+        if self._costs is not None:
+            self._costs.trace.close()
         self._capture = None
 
     # --- restoring
@@ -209,14 +211,16 @@ class Checkpointer:
             _announce(self._address.job, self._restored)
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, self._world.local_size))
         durable = self._step if choice.durable else -1
-        self._capture = Capture(self._state, choice.epoch, self._grouped.rank, threads, self._options, durable)
+        rank = self._grouped.rank
+        trace = Trace(f"rank-{rank}")
+        trace.begin(self._options.trace)
+        self._costs = Costs(trace)
+        self._capture = Capture(self._state, choice.epoch, rank, threads, self._options, self._costs, durable)
         self._session = Session(self._address, entry.connection, entry.hello, self._capture)
         self._capture.start(self._session)
-        self._statistics = self._capture.statistics
         self._always_updated = not self._state.optimizers()
         self._unhook = register_optimizer_step_pre_hook(self._before_optimizer).remove
         self._terminator = Terminator(self._drain, self._options.grace_s)
-        self._boundary_at = time.perf_counter()
         atexit.register(self._let_go)
 
     def _policy(self) -> m.Policy:
@@ -232,6 +236,7 @@ class Checkpointer:
             memory_bytes=None if options.memory == "auto" else int(options.memory),
             linger_s=options.linger_s,
             protection_bandwidth=options.protection_bandwidth,
+            trace=options.trace,
         )
 
     # --- the loop
@@ -276,13 +281,9 @@ class Checkpointer:
                 f"step {step} ends after step {self._step}: steps only grow; begin with the step after restore()"
             )
         self._open, self._left = None, False
-        now = time.perf_counter()
-        taken = now - self._boundary_at
-        self._step_s = taken if not self._step_s else 0.8 * self._step_s + 0.2 * taken
         self._step = step
-        self._running.boundary(step, self._step_s, self._updated)
+        self._running.boundary(step, self._updated)
         self._updates_seen = self._updates
-        self._boundary_at = time.perf_counter()
 
     @property
     def _updated(self) -> bool:
@@ -369,15 +370,11 @@ class Checkpointer:
         return self._running.level(step)
 
     def statistics(self) -> dict[str, Any]:
-        """What the loop paid and got since it was restored; also after its end. Seconds, bytes, counts."""
-        numbers = msgspec.structs.asdict(self._statistics)
+        """What the loop paid and got since it was restored; also after its end: `ckptd.trainer.costs.Statistics`, with
+        what was `restored`, and how often the daemon's connection was lost."""
+        counted = Statistics() if self._costs is None else self._costs.statistics()
         lost = 0 if self._session is None else self._session.lost
-        return {
-            "restored": self._restored,
-            **numbers,
-            "daemon_connections_lost": lost,
-            "step_s": self._step_s,
-        }
+        return {"restored": self._restored, **msgspec.structs.asdict(counted), "daemon_connections_lost": lost}
 
     def _drain(self, grace_s: float) -> None:
         """SIGTERM (on a thread of its own): the newest sealed snapshot becomes durable, if time allows."""

@@ -180,11 +180,6 @@ class SnapshotMemory:
         for slot in retired:
             slot.close()
 
-    @property
-    def captured_bytes(self) -> int:
-        """Of one snapshot of this rank, the frozen region not counted."""
-        return 0 if self._layout is None else int(self._layout.catalog.raw.sum())
-
     def close(self) -> None:
         """Lets go of all slots, once the one in the making is made: the end of the interpreter must not meet it."""
         self._closed = True

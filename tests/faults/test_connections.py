@@ -227,7 +227,7 @@ def test_daemon_that_leaves_is_waited_for(served: Lab) -> None:
     served.kill("daemon", "keeper")
     lock = until(lambda: take_lock(served.address.lock), "the lock of the killed daemon")
     assert lock is not None
-    tries = Fault("ckptd.daemon.server:take_lock", "note", process="daemon", lasting=True)
+    tries = Fault("ckptd.daemon.address:take_lock", "note", process="daemon", lasting=True)
     served.plan({"tries": tries})
     command = [sys.executable, "-m", "ckptd.daemon", "--job", served.job]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as waiting:

@@ -1,0 +1,178 @@
+"""What the training loop pays for snapshots, and what it gets: one account, kept where the time is spent.
+
+Owns `Statistics`, and the events of a rank's trace. Time is counted where the training thread stands in ckptd: at the
+boundary of a step, and before an optimizer step that must wait for the rest of a copy. What a capture takes beside
+training shows as steps that are slower than others, and as CPU time.
+
+The training thread writes, but for `settled`, which is called by whoever ends a capture.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from ckptd.core.native import helpers_cpu_s
+from ckptd.core.types import Level
+from ckptd.observe.trace import Trace
+from ckptd.protocol import messages as m
+
+RECENT = 32
+"""Steps that the typical time of a step is taken from."""
+
+
+class Statistics(msgspec.Struct):
+    """What the loop has paid and got since it was restored.
+
+    `steps` were completed in `elapsed_s` seconds; one takes `step_s` (recent ones, without what follows). The training
+    thread stood in ckptd for `stall_s_total` seconds: `boundary_s` at the ends of steps, where the state is looked at
+    and copied, and `before_update_s` before optimizer steps, until the rest of a copy was done; `stall_s_last` for the
+    last snapshot. `overhead` is that as a fraction of `elapsed_s`. `cpu_s`: CPU seconds of captures on all threads of
+    this process.
+
+    `bytes_captured` were copied into slots, `bytes_eager` at boundaries, `bytes_lazy` while the next step ran.
+    Snapshots were captured here, sealed by the whole job, or skipped, for `skip_reasons` (docs/protocol.md, section 2).
+    """
+
+    steps: int = 0
+    elapsed_s: float = 0.0
+    step_s: float = 0.0
+    overhead: float = 0.0
+    stall_s_total: float = 0.0
+    stall_s_last: float = 0.0
+    boundary_s: float = 0.0
+    before_update_s: float = 0.0
+    cpu_s: float = 0.0
+    bytes_captured: int = 0
+    bytes_eager: int = 0
+    bytes_lazy: int = 0
+    snapshots_captured: int = 0
+    snapshots_sealed: int = 0
+    snapshots_skipped: int = 0
+    skip_reasons: dict[str, int] = {}
+
+
+class _Window(NamedTuple):
+    """A copy beside a step: for a grant, of so many bytes."""
+
+    grant: int
+    size: int
+    began: float
+
+
+class Costs:
+    """See the module docstring."""
+
+    def __init__(self, trace: Trace) -> None:
+        """The loop begins now."""
+        self.trace = trace
+        self._counted = Statistics()
+        self._began = self._boundary_at = time.perf_counter()
+        self._waited_s = self._window_cpu_s = 0.0
+        self._at_boundary = False
+        self._helpers_cpu_s = helpers_cpu_s()
+        self._recent: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self._window: _Window | None = None
+
+    def statistics(self) -> Statistics:
+        """As of now."""
+        found = msgspec.structs.replace(self._counted, skip_reasons=dict(self._counted.skip_reasons))
+        found.stall_s_total = found.boundary_s + found.before_update_s
+        found.overhead = found.stall_s_total / found.elapsed_s if found.elapsed_s else 0.0
+        found.bytes_captured = found.bytes_eager + found.bytes_lazy
+        found.step_s = self.step_s
+        found.cpu_s += self._window_cpu_s + helpers_cpu_s() - self._helpers_cpu_s
+        return found
+
+    @property
+    def step_s(self) -> float:
+        """The mean of recent steps, without what the training thread waited in them. The longest eighth is left out: a
+        flush that was waited for, an evaluation."""
+        ordered = sorted(self._recent)
+        usual = ordered[: len(ordered) - len(ordered) // 8]
+        return sum(usual) / len(usual) if usual else 0.0
+
+    # --- the training thread
+
+    @contextlib.contextmanager
+    def boundary(self, step: int) -> Iterator[None]:
+        """What is done at the end of `step`."""
+        began, cpu_began = time.perf_counter(), time.thread_time()
+        self._recent.append(max(began - self._boundary_at - self._waited_s, 0.0))
+        self._at_boundary = True
+        try:
+            yield
+        finally:
+            now, counted = time.perf_counter(), self._counted
+            counted.steps += 1
+            counted.boundary_s += now - began
+            counted.cpu_s += time.thread_time() - cpu_began
+            counted.elapsed_s = now - self._began
+            self._boundary_at, self._waited_s, self._at_boundary = now, 0.0, False
+            self.trace.span("boundary", began, now, step=step)
+
+    @contextlib.contextmanager
+    def capturing(self, step: int) -> Iterator[None]:
+        """The part of a capture that the training thread does: at a boundary, or when it is asked for one."""
+        counted = self._counted
+        began, cpu_began, eager = time.perf_counter(), time.thread_time(), counted.bytes_eager
+        try:
+            yield
+        finally:
+            now = time.perf_counter()
+            counted.stall_s_last = now - began
+            if not self._at_boundary:  # which counts it
+                counted.boundary_s += now - began
+                counted.cpu_s += time.thread_time() - cpu_began
+            self.trace.span("capture", began, now, step=step, bytes=counted.bytes_eager - eager)
+            self.trace.count("bytes", eager=counted.bytes_eager, lazy=counted.bytes_lazy)
+
+    @contextlib.contextmanager
+    def before_update(self, step: int) -> Iterator[None]:
+        """Waiting for the rest of a copy of `step`."""
+        began, cpu_began = time.perf_counter(), time.thread_time()
+        try:
+            yield
+        finally:
+            now, counted = time.perf_counter(), self._counted
+            self._waited_s += now - began
+            counted.before_update_s += now - began
+            counted.stall_s_last += now - began
+            counted.cpu_s += time.thread_time() - cpu_began
+            self.trace.span("before update", began, now, step=step)
+
+    def copied(self, size: int) -> None:
+        """Bytes were copied at the boundary."""
+        self._counted.bytes_eager += size
+
+    def lazily(self, grant: int, size: int) -> None:
+        """The rest of the capture for `grant` begins to be copied beside the next step."""
+        self._window = _Window(grant, size, time.perf_counter())
+
+    # --- whoever ends a capture, one at a time
+
+    def settled(self, outcome: m.Captured | m.Missed) -> None:
+        """A grant has its outcome. Where it was copied in a window, the caller is the thread that has done so."""
+        counted, window = self._counted, self._window
+        if window is not None and window.grant == outcome.grant:
+            self._window = None
+            self._window_cpu_s += time.thread_time()
+            counted.bytes_lazy += window.size if isinstance(outcome, m.Captured) else 0
+            self.trace.span("window", window.began, time.perf_counter(), bytes=window.size)
+        if isinstance(outcome, m.Missed):
+            counted.snapshots_skipped += 1
+            counted.skip_reasons[outcome.reason] = counted.skip_reasons.get(outcome.reason, 0) + 1
+            self.trace.moment("skipped", grant=outcome.grant, reason=outcome.reason)
+        else:
+            counted.snapshots_captured += 1
+            self.trace.moment("captured", step=outcome.step, grant=outcome.grant)
+
+    def reached(self, level: Level, step: int) -> None:
+        """`step` is the first, or a newer one, to have reached a level."""
+        self._counted.snapshots_sealed += level is Level.SEALED
+        self.trace.moment(level.value, step=step)
