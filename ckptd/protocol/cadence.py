@@ -2,8 +2,11 @@
 
 Grants are issued a number of steps ahead (`lead`), so that every rank has heard of a grant before it reaches the step.
 A grant that comes late doubles the lead; a run of snapshots in time halves it again, since with a long lead snapshots
-are rare. `snapshot_every="auto"` takes the shortest interval that keeps the measured
-stall within the budget.
+are rare.
+
+`snapshot_every="auto"` takes the shortest interval that keeps what captures are measured to cost within the budget. It
+shrinks at once and at most doubles with each capture: one bad measurement is followed by a better one soon. Where every
+step could be captured, one in so many is not, so that steps without a capture are seen beside those with one.
 """
 
 from __future__ import annotations
@@ -16,6 +19,12 @@ LEAD = 2
 MAX_LEAD = 1024
 SEALS_IN_TIME = 16
 """After so many seals without a late grant, half the lead is tried: at worst one snapshot in seventeen is lost."""
+
+AIM = 0.9
+"""Of the budget: what is left is for costs that vary."""
+
+CALM_EVERY, CALM_AT = 32, 17
+"""Of so many steps in a row, the one that is not captured."""
 
 MAX_INTERVAL = 10**6
 """Of `snapshot_every="auto"`: however expensive a capture was, it is tried again one day."""
@@ -30,14 +39,16 @@ class Cadence:
         self._flushed_step = started_at
         self._flushed_s: float | None = None
         self._in_time = 0
+        self._wanted = 1
         self.lead = LEAD
         self.interval = policy.snapshot_steps or 1
 
-    def observe(self, stall_s: float, step_s: float) -> None:
-        """A capture cost the loop `stall_s` where a step takes `step_s`."""
-        allowed_s = self._policy.overhead_budget * step_s
-        if self._policy.snapshot_steps is None and allowed_s > 0 and math.isfinite(stall_s):
-            self.interval = max(1, math.ceil(min(stall_s / allowed_s, MAX_INTERVAL)))
+    def observe(self, cost: float) -> None:
+        """A capture costs the loop this share of a step, by what all ranks have measured."""
+        if self._policy.snapshot_steps is None and math.isfinite(cost):
+            allowed = AIM * self._policy.overhead_budget
+            self._wanted = max(1, math.ceil(min(cost / allowed, MAX_INTERVAL)))
+            self.interval = min(self.interval, self._wanted)
 
     def late(self) -> None:
         """A grant reached a rank after its step."""
@@ -45,19 +56,34 @@ class Cadence:
         self._in_time = 0
 
     def sealed(self) -> None:
-        """Every rank heard of a grant in time."""
+        """Every rank heard of a grant in time, and has captured."""
+        self._widen()
         self._in_time += 1
         if self._in_time >= SEALS_IN_TIME:
             self.lead = max(self.lead // 2, LEAD)
             self._in_time = 0
 
+    def wasted(self) -> None:
+        """A grant was not used by all, though heard of in time: it may have cost as much as a snapshot."""
+        self._widen()
+
+    def _widen(self) -> None:
+        if self._policy.snapshot_steps is None:
+            self.interval = min(2 * self.interval, self._wanted)
+
     def next_step(self, boundary: int, granted: int) -> int:
         """The first step to capture that is `lead` ahead of the furthest `boundary` and after the last `granted`."""
         first = max(boundary + self.lead, granted + 1)
-        upcoming = [_multiple(self.interval, first)]
-        if self._policy.flush_steps is not None:
-            upcoming.append(_multiple(self._policy.flush_steps, first))
-        return min(upcoming)
+        flush = self._policy.flush_steps
+        if self._policy.snapshot_steps is not None:
+            return min(_multiple(self.interval, first), _multiple(flush or self.interval, first))
+        if flush is None:
+            step = max(first, granted + self.interval)
+        else:  # evenly from flush to flush, rather than steps to flush on top of the others
+            each = -(-flush // max(flush // self.interval, 1))
+            step = min(max(first, granted + each), _multiple(flush, first))
+        calm = self.interval == 1 and step % CALM_EVERY == CALM_AT and (flush is None or step % flush != 0)
+        return step + calm
 
     def flush_due(self, step: int, now_s: float) -> bool:
         """Whether a snapshot of `step`, the newest sealed one, should be flushed."""

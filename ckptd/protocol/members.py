@@ -13,11 +13,12 @@ MAX_RANKS = 120
 
 @dataclasses.dataclass
 class Member:
-    """A rank: its connection, where it stands, what it said of its layout in the survey under way."""
+    """A rank: its connection, where it stands, what a capture costs it as a share of a step, what it said of its layout
+    in the survey under way."""
 
     peer: int | None = None
     boundary: int = -1
-    step_s: float = 0.0
+    cost: float | None = None
     wants: int | None = None
     pieces: bool = False
     layout: Layout | None = None

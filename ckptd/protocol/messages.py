@@ -170,20 +170,21 @@ class Ready(Message, frozen=True):
 
 
 class Boundary(Message, frozen=True):
-    """The rank has completed `step`; `step_s` is its recent mean step time, capture excluded."""
+    """The rank has completed `step`. `step_s`: what a step takes, captures excluded; `cost_s`: what a capture costs the
+    loop, by recent ones: the training thread's waiting and the slow-down of the step beside it. None: not known yet."""
 
     step: Count
     step_s: Seconds
+    cost_s: Seconds | None = None
 
 
 class Captured(Message, frozen=True):
-    """Grant `grant` was used: `step` is in `slot`, checksums and all; it cost the loop `stall_s`. `replicas`,
-    if the grant asks for it: checksums that every rank that holds the same must find."""
+    """Grant `grant` was used: `step` is in `slot`, checksums and all. `replicas`, if the grant asks for it: checksums
+    that every rank that holds the same must find."""
 
     grant: Count
     step: Count
     slot: Count
-    stall_s: Seconds
     replicas: Replicas = {}
 
 

@@ -53,7 +53,6 @@ class NodeMachine:
         self._quiet = Quiet(now_s)
         self._draining = False
         self._disbanded = False
-        self._cost: float | None = None
         self._available_bytes, self._limit = 0, ""
 
     # --- events
@@ -112,7 +111,8 @@ class NodeMachine:
                     slot.ready, slot.owner = True, self.state.instances[rank]
             case m.Boundary():
                 member.boundary = max(member.boundary, message.step)
-                member.step_s = message.step_s
+                if message.cost_s is not None and message.step_s > 0:
+                    member.cost = message.cost_s / message.step_s
                 if member.wants is not None and member.wants < message.step:
                     member.wants = None
             case m.Captured() | m.Missed():
@@ -210,7 +210,7 @@ class NodeMachine:
         self._voice.do(*(Drop(slot) for slot in self.state.begin(begin.membership.world, ranks, policy)))
         self.job.policy = policy
         self.job.begin(begin)
-        self._disbanded, self._cost = False, None
+        self._disbanded = False
         newest = self.state.cluster.newest
         for request in self._requests.retarget(None if newest is None else newest.snapshot):
             self._voice.say(request.peer, request.answer(None))
@@ -348,9 +348,6 @@ class NodeMachine:
         if not self.state.table.answer(granted, rank, message.step, message.replicas):
             self._differ()
         self.job.used(granted.name, message.step)
-        step_s = self.members[rank].step_s
-        if rank == 0 and not granted.compare and step_s > 0:
-            self._cost = message.stall_s / step_s
 
     def _differ(self) -> None:
         self._count("replicas_differ")
@@ -534,7 +531,7 @@ class NodeMachine:
             room=self._room(present),
             asked=asked,
             asking=any(member.wants is not None for member in present),
-            cost=self._cost,
+            cost=max((member.cost for member in present if member.cost is not None), default=None),
             survey=state.generation,
             pieces=self._surveys.pieces,
             wishes=self._requests.wishes(),

@@ -98,7 +98,7 @@ class Capture:
         with self._lock:
             if self._refused is not None:
                 raise self._refused
-            self._boundary = m.Boundary(step, self._costs.step_s)
+            self._boundary = self._costs.boundary_message(step)
         now = time.monotonic()
         if now - self._told_at >= BOUNDARY_S:
             self._told_at = now
@@ -294,7 +294,6 @@ class Capture:
 
     def _begin(self, grant: m.Grant, step: int) -> None:
         """Copies what is copied eagerly, and opens the window for the rest."""
-        started = time.perf_counter()
         try:
             jobs = self.memory.jobs(audit=grant.compare)
             objects = pack_table(self._state.objects())
@@ -305,7 +304,7 @@ class Capture:
             slot.begin()
             replicas = self.memory.compare(jobs, step) if grant.compare else {}
             snapshot = SnapshotId(self._epoch, step)
-            capture = Running(self._settle, snapshot, slot, jobs, grant, objects, replicas, started)
+            capture = Running(self._settle, snapshot, slot, jobs, grant, objects, replicas)
             lazy = jobs.lazy if self._options.capture == "lazy" else jobs.lazy[:0]
             eager = np.concatenate([jobs.eager, np.setdiff1d(jobs.windowed, lazy, assume_unique=True)])
             jobs.copy(eager, slot.map(), capture.crcs, self._threads)

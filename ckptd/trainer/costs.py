@@ -9,7 +9,6 @@ The training thread writes, but for `settled`, which is called by whoever ends a
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import time
 from collections.abc import Iterator
@@ -21,9 +20,7 @@ from ckptd.core.native import helpers_cpu_s
 from ckptd.core.types import Level
 from ckptd.observe.trace import Trace
 from ckptd.protocol import messages as m
-
-RECENT = 32
-"""Steps that the typical time of a step is taken from."""
+from ckptd.trainer.estimates import Estimates
 
 
 class Statistics(msgspec.Struct):
@@ -32,8 +29,9 @@ class Statistics(msgspec.Struct):
     `steps` were completed in `elapsed_s` seconds; one takes `step_s` (recent ones, without what follows). The training
     thread stood in ckptd for `stall_s_total` seconds: `boundary_s` at the ends of steps, where the state is looked at
     and copied, and `before_update_s` before optimizer steps, until the rest of a copy was done; `stall_s_last` for the
-    last snapshot. `overhead` is that as a fraction of `elapsed_s`. `cpu_s`: CPU seconds of captures on all threads of
-    this process.
+    last snapshot. Steps beside captures took `slowdown_s` longer than others would have, as far as that can be told
+    (estimates.py). `overhead` is all of that as a fraction of `elapsed_s`. `cpu_s`: CPU seconds of captures on all
+    threads of this process.
 
     `bytes_captured` were copied into slots, `bytes_eager` at boundaries, `bytes_lazy` while the next step ran.
     Snapshots were captured here, sealed by the whole job, or skipped, for `skip_reasons` (docs/protocol.md, section 2).
@@ -47,6 +45,7 @@ class Statistics(msgspec.Struct):
     stall_s_last: float = 0.0
     boundary_s: float = 0.0
     before_update_s: float = 0.0
+    slowdown_s: float = 0.0
     cpu_s: float = 0.0
     bytes_captured: int = 0
     bytes_eager: int = 0
@@ -74,28 +73,26 @@ class Costs:
         self._counted = Statistics()
         self._began = self._boundary_at = time.perf_counter()
         self._waited_s = self._window_cpu_s = 0.0
+        self._captured_s: float | None = None
         self._at_boundary = False
         self._helpers_cpu_s = helpers_cpu_s()
-        self._recent: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self._estimates = Estimates()
         self._window: _Window | None = None
 
     def statistics(self) -> Statistics:
         """As of now."""
         found = msgspec.structs.replace(self._counted, skip_reasons=dict(self._counted.skip_reasons))
         found.stall_s_total = found.boundary_s + found.before_update_s
-        found.overhead = found.stall_s_total / found.elapsed_s if found.elapsed_s else 0.0
+        lost_s = found.stall_s_total + found.slowdown_s
+        found.overhead = lost_s / found.elapsed_s if found.elapsed_s else 0.0
         found.bytes_captured = found.bytes_eager + found.bytes_lazy
-        found.step_s = self.step_s
+        found.step_s = self._estimates.step_s
         found.cpu_s += self._window_cpu_s + helpers_cpu_s() - self._helpers_cpu_s
         return found
 
-    @property
-    def step_s(self) -> float:
-        """The mean of recent steps, without what the training thread waited in them. The longest eighth is left out: a
-        flush that was waited for, an evaluation."""
-        ordered = sorted(self._recent)
-        usual = ordered[: len(ordered) - len(ordered) // 8]
-        return sum(usual) / len(usual) if usual else 0.0
+    def boundary_message(self, step: int) -> m.Boundary:
+        """What the daemon is told at the end of `step`."""
+        return m.Boundary(step, self._estimates.step_s, self._estimates.cost_s)
 
     # --- the training thread
 
@@ -103,7 +100,7 @@ class Costs:
     def boundary(self, step: int) -> Iterator[None]:
         """What is done at the end of `step`."""
         began, cpu_began = time.perf_counter(), time.thread_time()
-        self._recent.append(max(began - self._boundary_at - self._waited_s, 0.0))
+        self._step_ended(max(began - self._boundary_at - self._waited_s, 0.0))
         self._at_boundary = True
         try:
             yield
@@ -116,6 +113,13 @@ class Costs:
             self._boundary_at, self._waited_s, self._at_boundary = now, 0.0, False
             self.trace.span("boundary", began, now, step=step)
 
+    def _step_ended(self, seconds: float) -> None:
+        captured_s, self._captured_s = self._captured_s, None
+        self._estimates.step(seconds, beside=captured_s is not None)
+        if captured_s is not None:
+            self._estimates.stall(captured_s + self._waited_s)
+            self._counted.slowdown_s += self._estimates.slowdown_s
+
     @contextlib.contextmanager
     def capturing(self, step: int) -> Iterator[None]:
         """The part of a capture that the training thread does: at a boundary, or when it is asked for one."""
@@ -126,7 +130,9 @@ class Costs:
         finally:
             now = time.perf_counter()
             counted.stall_s_last = now - began
-            if not self._at_boundary:  # which counts it
+            if self._at_boundary:  # which counts it
+                self._captured_s = now - began
+            else:
                 counted.boundary_s += now - began
                 counted.cpu_s += time.thread_time() - cpu_began
             self.trace.span("capture", began, now, step=step, bytes=counted.bytes_eager - eager)

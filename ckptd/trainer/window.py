@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -38,19 +37,17 @@ class Running:
         grant: m.Grant,
         objects: bytes,
         replicas: dict[int, int],
-        started: float,
     ) -> None:
         self._settle, self.snapshot = settle, snapshot
         self.slot, self.jobs, self.grant = slot, jobs, grant
-        self.objects, self.replicas, self.started = objects, replicas, started
+        self.objects, self.replicas = objects, replicas
         self.crcs: npt.NDArray[np.uint32] = np.zeros(len(jobs.catalog), np.uint32)
 
-    def complete(self, stall_s: float | None = None) -> None:
+    def complete(self) -> None:
         """Everything is copied: the slot holds the step."""
         self.jobs.spread(self.crcs)
         self.slot.commit(self.snapshot, self.crcs, self.objects)
-        stall = time.perf_counter() - self.started if stall_s is None else stall_s
-        self._settle(m.Captured(self.grant.grant, self.snapshot.step, self.grant.slot, stall, self.replicas))
+        self._settle(m.Captured(self.grant.grant, self.snapshot.step, self.grant.slot, self.replicas))
 
     def missed(self, reason: m.Reason) -> None:
         """The slot holds nothing whole."""
@@ -65,7 +62,6 @@ class Window:
     def __init__(self, capture: Running, rows: npt.NDArray[np.int64], audit: bool, threads: int) -> None:
         self.capture = capture
         self._rows, self._threads = rows, threads
-        self._stall_s = time.perf_counter() - capture.started
         self._expected: npt.NDArray[np.uint32] | None = None
         if audit:
             self._expected = np.zeros_like(capture.crcs)
@@ -103,7 +99,7 @@ class Window:
                 )
                 capture.missed("mutated")
                 return
-            capture.complete(self._stall_s)
+            capture.complete()
         except Exception:
             log.exception("step %d is not captured", capture.snapshot.step)
             capture.missed("failed")

@@ -271,7 +271,7 @@ class Rank:
             crcs = np.array([crc32c(data[start : start + size]) for start, size in places], np.uint32)
             snapshot = SnapshotId(self.choice.epoch, self._wanted)
             slot.commit(snapshot, crcs, pack_table(objects(self.number, self._wanted)))
-            self._settle(m.Captured(grant, self._wanted, self._grants[grant].slot, 0.0))
+            self._settle(m.Captured(grant, self._wanted, self._grants[grant].slot))
 
     def _settle(self, outcome: m.Captured | m.Missed) -> None:
         if outcome.grant not in self._outcomes:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from ckptd.protocol.cadence import LEAD, MAX_INTERVAL, MAX_LEAD, SEALS_IN_TIME, Cadence
+from ckptd.protocol.cadence import AIM, CALM_AT, CALM_EVERY, LEAD, MAX_INTERVAL, MAX_LEAD, SEALS_IN_TIME, Cadence
 from ckptd.protocol.messages import Policy
 from tests.protocol.transcript import POLICY
 
@@ -66,30 +66,92 @@ def test_lead_shrinks_when_all_is_well() -> None:
     assert made.lead == LEAD
 
 
-def test_the_interval_keeps_the_stall_within_the_budget() -> None:
-    """1 % of the time: a stall of 0.5 s with steps of 1 s comes every 50 steps."""
+def captured(made: Cadence, cost: float, times: int = 1) -> None:
+    """Snapshots that are sealed, each of which has cost a share of a step."""
+    for _ in range(times):
+        made.observe(cost)
+        made.sealed()
+
+
+def test_the_interval_keeps_the_cost_within_the_budget() -> None:
+    """1 % of the time, of which some is left for what varies: half a step every 56 steps."""
     made = cadence(snapshot_steps=None)
     assert made.interval == 1
-    made.observe(0.5, 1.0)
-    assert made.interval == 50
-    made.observe(0.0, 1.0)
+    captured(made, 0.5, times=10)
+    assert made.interval == math.ceil(0.5 / (AIM * 0.01))
+    captured(made, 0.0)
     assert made.interval == 1
 
 
-@pytest.mark.parametrize("stall_s", [0.0, 1e-300, 1.0, 1e308, math.inf, math.nan])
-@pytest.mark.parametrize("step_s", [0.0, 5e-324, 1.0, 1e308, math.inf, math.nan])
-def test_no_measurement_breaks_it(stall_s: float, step_s: float) -> None:
+def test_one_outlier_is_followed_by_a_better_measurement_soon() -> None:
+    """A first capture that took a thousand steps' time does not put the second one off for a hundred thousand steps."""
+    made = cadence(snapshot_steps=None)
+    captured(made, 1000.0)
+    assert made.interval == 2
+    captured(made, 1000.0, times=3)
+    assert made.interval == 16
+    made.observe(0.001)
+    assert made.interval == 1
+
+
+def test_snapshots_in_vain_count_as_much() -> None:
+    """A copy that is given up has held the loop: what is never sealed must become rare as well. A grant that came too
+    late has cost nothing."""
+    made = cadence(snapshot_steps=None)
+    made.observe(1.0)
+    made.late()
+    assert made.interval == 1
+    for _ in range(20):
+        made.wasted()
+    assert made.interval == math.ceil(1.0 / (AIM * 0.01))
+
+
+@pytest.mark.parametrize("cost", [0.0, 5e-324, 1.0, 1e308, math.inf, math.nan])
+def test_no_measurement_breaks_it(cost: float) -> None:
     """Clocks stand still, jump, and lie."""
     made = cadence(snapshot_steps=None, overhead_budget=1e-9)
-    made.observe(stall_s, step_s)
+    captured(made, cost, times=100)
     assert 1 <= made.interval <= MAX_INTERVAL
 
 
 def test_a_fixed_interval_is_fixed() -> None:
-    """Measurements change nothing."""
+    """Measurements change nothing, and no step is left out."""
     made = cadence(snapshot_steps=10)
-    made.observe(100.0, 1.0)
+    captured(made, 100.0, times=10)
     assert made.interval == 10
+    every = cadence(snapshot_steps=1)
+    assert [every.next_step(step, 0) for step in range(100)] == [step + LEAD for step in range(100)]
+
+
+def granted(made: Cadence, steps: int) -> list[int]:
+    """The steps that are granted while so many are done."""
+    found: list[int] = []
+    for boundary in range(steps):
+        found.append(made.next_step(boundary, found[-1] if found else 0))
+    return sorted({step for step in found if step <= steps})
+
+
+def test_some_steps_are_left_out_to_compare_with() -> None:
+    """Where all might be captured, one in so many is not; but a step that is to be flushed always is."""
+    free = granted(cadence(snapshot_steps=None), 10 * CALM_EVERY)
+    assert [step for step in range(2, 10 * CALM_EVERY) if step not in free] == [
+        CALM_AT + CALM_EVERY * number for number in range(10)
+    ]
+    assert CALM_AT in granted(cadence(snapshot_steps=None, flush_steps=CALM_AT), 100)
+
+
+@pytest.mark.parametrize(
+    ("cost", "flush", "interval"), [(2.0, 500, 250), (2.9, 500, 500), (1.4, 500, 167), (9.0, 500, 500)]
+)
+def test_snapshots_to_flush_are_not_added_to_the_others(cost: float, flush: int, interval: int) -> None:
+    """They are among them, or the budget would be kept twice; what is asked for with flush_every comes in any case."""
+    made = cadence(snapshot_steps=None, flush_steps=flush)
+    captured(made, cost, times=20)
+    found = granted(made, 5 * flush)
+    assert {flush * number for number in range(1, 6)} <= set(found)
+    gaps = {later - earlier for earlier, later in zip(found, found[1:], strict=False)}
+    assert max(gaps) == interval
+    assert min(gaps) >= interval - 2
 
 
 def test_flushes_by_steps() -> None:

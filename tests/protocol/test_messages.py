@@ -61,7 +61,7 @@ PLAIN: dict[str, Any] = {
     "digest": "d",
     "slot_bytes": 100,
     "step_s": 1.0,
-    "stall_s": 0.5,
+    "cost_s": 0.5,
     "reason": "late",
     "to": "/elsewhere",
     "error": "StoreError",
@@ -115,8 +115,8 @@ def packet(kind: type[m.Message], **fields: Any) -> bytes:
         packet(m.Captured, grant=-1),
         packet(m.Captured, step=2**63),
         packet(m.Captured, step="7"),
-        packet(m.Captured, stall_s=float("nan")),
-        packet(m.Captured, stall_s=-1.0),
+        packet(m.Boundary, cost_s=float("nan")),
+        packet(m.Boundary, cost_s=-1.0),
         packet(m.Boundary, step=10**18),
         packet(m.Missed, reason="because"),
         packet(m.Hello, rank=-1),
@@ -215,7 +215,7 @@ def test_whatever_the_machine_says_fits() -> None:
     machine.take()
     (granted, *_) = machine.state.table.granted
     for rank in every:
-        machine.handle(10 + rank, m.Captured(granted.grant, granted.at, granted.slots[rank], 0.0), 0.0)
+        machine.handle(10 + rank, m.Captured(granted.grant, granted.at, granted.slots[rank]), 0.0)
     machine.take()
     machine.handle(2, m.Flush("/elsewhere"), 0.0)
     (write,) = [action for action in machine.take() if isinstance(action, cluster.Write)]
@@ -256,7 +256,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "frozen_bytes": st.sampled_from([0, 1, 2**45]),
     "replicas": st.sampled_from([{}, {1: 1}, {1: 2}, {0: 0, 1: 1}]),
     "step_s": SECONDS,
-    "stall_s": SECONDS,
+    "cost_s": st.none() | SECONDS,
     "reason": st.sampled_from(typing.get_args(m.Reason)),
     "to": st.sampled_from([None, "/elsewhere"]),
     "address": st.sampled_from(["", "10.0.0.1"]),

@@ -123,7 +123,7 @@ class Trainer:
             copy.memory.common = self.common if copy.compare else None
             self.compared = self.compared or copy.compare
             said = {} if copy.memory.common is None else {0: copy.memory.common}
-            self.settle(m.Captured(copy.grant, copy.step, copy.slot, 0.0, said))
+            self.settle(m.Captured(copy.grant, copy.step, copy.slot, said))
         else:
             self.settle(m.Missed(copy.grant, reason))
 

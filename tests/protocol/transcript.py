@@ -115,7 +115,6 @@ class Script:
             "job": "job",
             "policy": m.Policy(**self.policy),
             "instance": f"{name}{self.usual['epoch'].number}",
-            "stall_s": 0.0,
             "step_s": 1.0,
         }
         usual["ranks"] = list(range(self.usual["world"]))

@@ -108,10 +108,14 @@ class Root:
             self._uncompared = 0
         elif verdict.sealed and self._uncompared is not None:
             self._uncompared += 1
-        if self.cadence is not None and verdict.sealed:
+        if self.cadence is None:
+            return
+        if verdict.sealed:
             self.cadence.sealed()
-        elif self.cadence is not None and verdict.late:
+        elif verdict.late:
             self.cadence.late()
+        else:
+            self.cadence.wasted()
 
     def _newest(self) -> Entry | None:
         """The newest snapshot that is sealed by all."""
@@ -146,7 +150,7 @@ class Root:
         if self.cadence is None or standing.boundary < 0:
             return
         if standing.cost is not None:
-            self.cadence.observe(standing.cost, 1.0)
+            self.cadence.observe(standing.cost)
         if standing.asking:
             if standing.asked is not None:
                 self._grant_on_request(state, standing.asked, standing.room)

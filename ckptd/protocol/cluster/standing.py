@@ -53,10 +53,10 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     """What one node, or all in a subtree, have said.
 
     `boundary`: the furthest. `room`: snapshots that may be in the making at once; 0 where a rank is missing. `asked`:
-    all ranks stand at this boundary and want it captured; `asking`: some rank waits in such a request. `cost`: of the
-    last capture, as a share of a step. `survey`: the newest generation of layouts that is wanted; `pieces`: that of
-    which all have said what their states consist of. `written`: the newest flush of which all have written their files.
-    `closed`: every rank has finished; `parted`: and has been told that all have.
+    all ranks stand at this boundary and want it captured; `asking`: some rank waits in such a request. `cost`: of a
+    capture to the rank that pays most, as a share of a step. `survey`: the newest generation of layouts that is wanted;
+    `pieces`: that of which all have said what their states consist of. `written`: the newest flush of which all have
+    written their files. `closed`: every rank has finished; `parted`: and has been told that all have.
     """
 
     boundary: int = -1
