@@ -23,8 +23,8 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h)")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a user can choose. Units are in the names; `memory` is bytes per node, `protection_bandwidth` bytes a second
-    that a node pulls from others."""
+    """What a user can choose. Units are in the names; `memory` is bytes per node; bytes a second are
+    `protection_bandwidth`, that a node pulls from others, and `flush_bandwidth`, that it writes to the store."""
 
     snapshot_every: Literal["auto"] | int = "auto"
     flush_every: int | datetime.timedelta | None = 500
@@ -40,6 +40,7 @@ class Options:
     grace_s: float = 25.0
     linger_s: float = 1800.0
     protection_bandwidth: int | None = None
+    flush_bandwidth: int | None = None
     trace: str | None = None
     tls_dir: str | None = None
 
@@ -97,11 +98,9 @@ class Options:
         require(isinstance(self.audit, bool), "audit", "True or False")
         require(self.memory == "auto" or whole(self.memory, 1), "memory", "'auto' or bytes per node")
         require(0 < self.overhead_budget <= 1, "overhead_budget", "a fraction in (0, 1]")
-        require(
-            self.protection_bandwidth is None or whole(self.protection_bandwidth, 1),
-            "protection_bandwidth",
-            "bytes a second from 1 up, or None for no limit",
-        )
+        for name in ("protection_bandwidth", "flush_bandwidth"):
+            limit = getattr(self, name)
+            require(limit is None or whole(limit, 1), name, "bytes a second from 1 up, or None for no limit")
         require(
             self.trace is None or (isinstance(self.trace, str) and 0 < len(self.trace) <= 4096),
             "trace",
@@ -126,7 +125,7 @@ def _parse(name: str, text: str) -> Any:
             return text
         if name == "memory":
             return text if text == "auto" else parse_size(text)
-        if name == "protection_bandwidth":
+        if name in ("protection_bandwidth", "flush_bandwidth"):
             return None if text.lower() == "none" else parse_size(text)
         if name in ("flush_every", "keep") and text.lower() in ("none", "all", "never"):
             return None

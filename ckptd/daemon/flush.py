@@ -15,6 +15,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -28,8 +29,12 @@ from ckptd.protocol.actions import WriteRecord
 from ckptd.tiers.arena import Slot, SnapshotReader
 from ckptd.tiers.store import Store, joint
 from ckptd.tiers.store.names import parse_checkpoint
+from ckptd.tiers.throttle import Throttle
 
-NICE = 10
+NICE = 19
+"""The least weight there is, about a hundredth of a training thread's. Not SCHED_IDLE, which gets nothing at all while
+training threads spin on all cores, as those of collectives and of OpenMP do: a flush must end some day."""
+
 _IOPRIO_SET = 251 if os.uname().machine == "x86_64" else 30
 _IOPRIO_BEST_EFFORT_LOWEST = (2 << 13) | 7
 
@@ -71,6 +76,11 @@ class Stores:
         self._leaving = threading.Event()
         self._cancelled: set[SnapshotId] = set()
         self._recording = threading.Lock()
+        self._throttle = Throttle()
+
+    def limit(self, bandwidth: int | None) -> None:
+        """All flushes together write at most so many bytes a second, from now on."""
+        self._throttle.limit(bandwidth)
 
     def cancel(self, snapshot: SnapshotId | None = None) -> None:
         """The writing of `snapshot` that runs is given up; without one, all that runs and all that will."""
@@ -78,6 +88,7 @@ class Stores:
             self._leaving.set()
         else:
             self._cancelled.add(snapshot)
+        self._throttle.wake()
 
     def complaints(self) -> list[str]:
         """What went wrong after checkpoints were committed, told once."""
@@ -109,7 +120,6 @@ class Stores:
         StoreError, also where a newer epoch than `epoch`, this node's, has begun; CorruptionError. What was begun is
         then removed.
         """
-        yield_to_training()
         self._cancelled.discard(snapshot)
         self.progress = progress = Progress(snapshot)
         with contextlib.ExitStack() as held:
@@ -127,7 +137,12 @@ class Stores:
             progress.total_bytes = sum(_stored_bytes(rows.catalog) for rows in (given.rows, given.own) if rows)
             spanning = self._trace.spanning("write", step=snapshot.step, bytes=progress.total_bytes)
             with self._attempt(store, snapshot, alone=parts == 1), spanning:
-                writer.write(given, threads=_workers(), cancelled=lambda: self._is_cancelled(snapshot))
+                writer.write(
+                    given,
+                    threads=_workers(),
+                    cancelled=lambda: self._is_cancelled(snapshot),
+                    throttle=self._throttle,
+                )
 
     def commit(
         self, snapshot: SnapshotId, store: str, parts: int, keep: int | None = None, epoch: Epoch | None = None
@@ -137,7 +152,6 @@ class Stores:
         StoreError, with nothing committed, where what was written is not a whole checkpoint, or a newer epoch than
         `epoch`, this root's, has begun. A failure to prune is a complaint, for the checkpoint exists.
         """
-        yield_to_training()
         opened = self._open(store)
         fresh = not opened.committed(snapshot)
         if fresh:
@@ -245,11 +259,16 @@ def _in_doubt(store: Store, identity: SnapshotId) -> bool:
 
 
 def yield_to_training() -> None:
-    """Lowers CPU and I/O priority of the calling thread; the threads that it starts inherit both."""
+    """Lowers CPU and I/O priority of the calling thread for ever; the threads that it starts inherit both."""
     thread = threading.get_native_id()
     with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, thread, NICE)
     ctypes.CDLL(None).syscall(_IOPRIO_SET, 1, thread, _IOPRIO_BEST_EFFORT_LOWEST)
+
+
+def workers() -> ThreadPoolExecutor:
+    """Where flushes run, one at a time: what an older epoch has begun ends first. All they start yields to training."""
+    return ThreadPoolExecutor(1, thread_name_prefix="ckptd-flush", initializer=yield_to_training)
 
 
 def _workers() -> int:

@@ -21,6 +21,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import Any
 
 import msgspec
@@ -30,7 +31,7 @@ from ckptd.core.errors import CkptdError, FormatError
 from ckptd.core.types import Epoch, Job, SnapshotId
 from ckptd.daemon.address import Address, address_of, listen, take_over
 from ckptd.daemon.arena import Arena, close_all
-from ckptd.daemon.flush import Stores
+from ckptd.daemon.flush import Stores, workers
 from ckptd.daemon.others import Others
 from ckptd.daemon.pieces import Pieces
 from ckptd.daemon.processes import Watch, identify
@@ -90,7 +91,7 @@ class Daemon:
         self._tasks: set[asyncio.Future[None]] = set()
         self._writing: dict[SnapshotId, SnapshotId] = {}
         """Grant -> name of what is being made durable, or was."""
-        self._flushing = asyncio.Lock()
+        self._flushing = workers()
         self._prepared: dict[int, m.Prepare] = {}
         self._others: Others
         self._leaving: asyncio.Future[str]
@@ -106,7 +107,7 @@ class Daemon:
             self._machine, self._arena, self._address.job, node_name(), self._said_here, self._carry_out, self._trace
         )
         self._others.resume()
-        self._observe()
+        self._take_options()
         for instance, process in list(self._machine.state.processes.items()):
             self._watch(instance, process)
         self._listening = listen(self._address)
@@ -217,14 +218,16 @@ class Daemon:
             self._machine.handle(peer.number, message, now, process=process, available_bytes=available, limit=limit)
             if self._machine.state.epoch != epoch:
                 self._others.begun()
-                self._observe()
+                self._take_options()
         if isinstance(message, m.Hello) and process is not None:
             self._watch(message.instance, process)
 
-    def _observe(self) -> None:
-        """Traces go where the job wants them."""
+    def _take_options(self) -> None:
+        """Those of the job that this process, and not the machine, goes by."""
         policy = self._machine.state.policy
-        self._trace.begin(None if policy is None else policy.trace)
+        if policy is not None:
+            self._trace.begin(policy.trace)
+            self._stores.limit(policy.flush_bandwidth)
 
     def _carry_out(self) -> None:
         """Persists what was decided, then acts."""
@@ -452,15 +455,14 @@ class Daemon:
     # --- the store, in threads
 
     def _in_thread(
-        self, work: Callable[[], Any], done: Callable[[str | None], None], alone: asyncio.Lock | None = None
+        self, work: Callable[[], Any], done: Callable[[str | None], None], threads: Executor | None = None
     ) -> None:
-        """`done` hears of the error, if there is one. `alone`: not beside other work of that lock."""
+        """`done` hears of the error, if there is one. `threads`: others than those of all work."""
 
         async def run() -> None:
             error = None
             try:
-                async with alone or contextlib.AsyncExitStack():
-                    await asyncio.to_thread(work)
+                await asyncio.get_running_loop().run_in_executor(threads, work)
             except CkptdError as caught:
                 error = str(caught)
             except Exception as caught:
@@ -478,7 +480,6 @@ class Daemon:
         self._complain()
 
     def _flush(self, action: cluster.Write | cluster.Commit) -> None:
-        """One at a time: what an older epoch has begun ends first."""
         flush, state = action.flush, self._machine.state
         name = SnapshotId(flush.snapshot.epoch, flush.step)
         membership, number = state.cluster.membership, state.cluster.number

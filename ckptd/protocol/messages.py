@@ -71,6 +71,7 @@ class Policy(msgspec.Struct, frozen=True):
     memory_bytes: Positive | None
     linger_s: Seconds
     protection_bandwidth: Positive | None = None
+    flush_bandwidth: Positive | None = None
     trace: Name | None = None
 
 

@@ -236,6 +236,7 @@ class Checkpointer:
             memory_bytes=None if options.memory == "auto" else int(options.memory),
             linger_s=options.linger_s,
             protection_bandwidth=options.protection_bandwidth,
+            flush_bandwidth=options.flush_bandwidth,
             trace=options.trace,
         )
 

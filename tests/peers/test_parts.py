@@ -24,7 +24,7 @@ from ckptd.tiers.peers import (
     string_of,
 )
 from ckptd.tiers.peers.address import join_address, split_address
-from ckptd.tiers.peers.throttle import Bucket
+from ckptd.tiers.throttle import Bucket
 from tests.peers.nodes import credentials, in_thread, random_bytes
 
 # --- throttle

@@ -21,7 +21,7 @@ from ckptd.tiers.peers.sources import (
     memories_of,
     string_of,
 )
-from ckptd.tiers.peers.throttle import Throttle
+from ckptd.tiers.throttle import Throttle
 
 __all__ = [
     "Announcement",

@@ -27,7 +27,6 @@ from ckptd.core.native import copy_bytes
 from ckptd.core.types import SnapshotId
 from ckptd.tiers.peers.address import join_address
 from ckptd.tiers.peers.identity import Announcement, Credentials
-from ckptd.tiers.peers.throttle import Throttle
 from ckptd.tiers.peers.wire import (
     BATCH_BYTES,
     CALL_BYTES,
@@ -40,6 +39,7 @@ from ckptd.tiers.peers.wire import (
     from_server,
     headers,
 )
+from ckptd.tiers.throttle import Throttle
 
 DEADLINE_S = 30.0
 STREAMS = 2

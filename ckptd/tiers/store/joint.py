@@ -36,6 +36,7 @@ from ckptd.tiers.store.pipeline import Read
 from ckptd.tiers.store.reader import StoredCheckpoint
 from ckptd.tiers.store.store import Store
 from ckptd.tiers.store.writer import CheckpointWriter, PartWriter
+from ckptd.tiers.throttle import Throttle
 
 _SHOWN = 5
 
@@ -96,12 +97,14 @@ class NodeWriter:
         """Whether nothing is left to write: this node's list is there and holds, or else COMMIT is."""
         return self._is_listed() or self._store.exists(self._identity)
 
-    def write(self, given: Contribution, *, threads: int, cancelled: Callable[[], bool]) -> None:
-        """Writes everything anew, durably, then the list. StoreError, CorruptionError; what was written is then
-        removed, as far as it can be."""
+    def write(
+        self, given: Contribution, *, threads: int, cancelled: Callable[[], bool], throttle: Throttle | None = None
+    ) -> None:
+        """Writes everything anew, durably, as fast as `throttle` says, then the list. StoreError, CorruptionError; what
+        was written is then removed, as far as it can be."""
         writer = self._store.writer(self._identity, self._who[1], joined=True)  # refuses what is in doubt
         try:
-            self._write(writer, given, threads, cancelled)
+            self._write(writer, given, threads, cancelled, throttle)
         except BaseException:
             with contextlib.suppress(Exception):
                 if self._journal.get(self._writer) is None:  # else another node has taken this one's place
@@ -109,14 +112,19 @@ class NodeWriter:
             raise
 
     def _write(
-        self, writer: CheckpointWriter, given: Contribution, threads: int, cancelled: Callable[[], bool]
+        self,
+        writer: CheckpointWriter,
+        given: Contribution,
+        threads: int,
+        cancelled: Callable[[], bool],
+        throttle: Throttle | None,
     ) -> None:
         for path in ((self._directory,), *names.folders(self._directory), self._journal.path):
             self._back_end.make_directory(path, exist_ok=True)
         self._discard()
 
         def data_of(part: PartWriter, rows: Rows) -> tuple[Catalog, list[int]]:
-            return part.write_data(rows.catalog, rows.read, threads=threads, cancelled=cancelled)
+            return part.write_data(rows.catalog, rows.read, threads=threads, cancelled=cancelled, throttle=throttle)
 
         part, own, manifest = writer.part(self._writer), None, b""
         shared = part.write_manifest(*data_of(part, given.rows))

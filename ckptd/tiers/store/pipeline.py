@@ -17,6 +17,7 @@ from ckptd.core.box import CHUNK_BYTES
 from ckptd.core.catalog import Catalog
 from ckptd.core.errors import CorruptionError, FormatError
 from ckptd.format.chunk import Stored, encode_chunk
+from ckptd.tiers.throttle import Throttle
 
 Read = Callable[[int, memoryview], None]
 
@@ -32,9 +33,15 @@ class EncodedRow(NamedTuple):
 
 
 def encoded_rows(
-    catalog: Catalog, rows: Sequence[int], read: Read, threads: int, cancelled: Callable[[], bool]
+    catalog: Catalog,
+    rows: Sequence[int],
+    read: Read,
+    threads: int,
+    cancelled: Callable[[], bool],
+    throttle: Throttle | None = None,
 ) -> Generator[EncodedRow, None, None]:
-    """The chunks of `rows`, in this order. `read(row, into)` is called on any thread, for several rows at once.
+    """The chunks of `rows`, in this order, as fast as `throttle` lets their stored bytes pass. `read(row, into)` is
+    called on any thread, for several rows at once.
 
     Raises CorruptionError if what was read does not have the checksum in the catalog. Ends early if `cancelled()`.
     Closing it, early or not, waits for its threads.
@@ -50,6 +57,12 @@ def encoded_rows(
             encoded.append(_encode(catalog, row, raw, read))
         return encoded
 
+    def passing(encoded: list[EncodedRow]) -> Iterator[EncodedRow]:
+        for row in encoded:
+            if throttle is not None and not throttle.admit(len(row.stored), cancelled):
+                return
+            yield row
+
     free = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(threads + 2)]
     pending: deque[tuple[Future[list[EncodedRow]], memoryview]] = deque()
     executor = ThreadPoolExecutor(threads, thread_name_prefix="ckptd-encode")
@@ -57,14 +70,14 @@ def encoded_rows(
         for batch in _batches(catalog, rows):
             if not free:
                 future, buffer = pending.popleft()
-                yield from future.result()
+                yield from passing(future.result())
                 free.append(buffer)
             if cancelled():
                 return
             buffer = free.pop()
             pending.append((executor.submit(encode, batch, buffer), buffer))
         for future, _ in pending:
-            yield from future.result()
+            yield from passing(future.result())
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 

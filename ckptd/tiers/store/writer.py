@@ -25,6 +25,7 @@ from ckptd.tiers.store import names
 from ckptd.tiers.store.backend import BackEnd, OutputFile
 from ckptd.tiers.store.parts import settle
 from ckptd.tiers.store.pipeline import Read, encoded_rows
+from ckptd.tiers.throttle import Throttle
 
 _PADDING = bytes(LARGE_ALIGNMENT)
 
@@ -125,10 +126,16 @@ class PartWriter:
         return part
 
     def write_data(
-        self, catalog: Catalog, read: Read, *, threads: int = 1, cancelled: Callable[[], bool] = lambda: False
+        self,
+        catalog: Catalog,
+        read: Read,
+        *,
+        threads: int = 1,
+        cancelled: Callable[[], bool] = lambda: False,
+        throttle: Throttle | None = None,
     ) -> tuple[Catalog, list[int]]:
         """The first half of `write`: the data files, durable after `parts.settle`. For `write_manifest`: the rows with
-        the places that they have now, and the lengths of the files."""
+        the places that they have now, and the lengths of the files. `throttle`: how fast."""
         with self._attempt():
             chosen, owner = _without_ties(catalog)
             data = _DataFiles(self._back_end, self._directory, self._writer)
@@ -137,7 +144,7 @@ class PartWriter:
                 for name, kind in (("file", "i4"), ("file_offset", "i8"), ("stored", "i8"), ("codec", "u1"))
             }
             written = 0
-            encoded = encoded_rows(catalog, chosen.tolist(), read, threads, cancelled)
+            encoded = encoded_rows(catalog, chosen.tolist(), read, threads, cancelled, throttle)
             with contextlib.closing(data), contextlib.closing(encoded):
                 for row, codec, stored in encoded:
                     columns["file"][row], columns["file_offset"][row] = data.append(stored)

@@ -1,4 +1,5 @@
-"""How fast a node may pull: bytes a second, a share of CPU, and a pause. The job goes first.
+"""How fast a node may pull from others, or write to a store: bytes a second, a share of CPU, and a pause. The job goes
+first.
 
 `Bucket` is pure arithmetic on times that it is given; `Throttle` is the lock and the waiting around two of them.
 
@@ -51,8 +52,8 @@ class Bucket:
 
 
 class Throttle:
-    """What all pulls of a daemon share. `bandwidth`: bytes a second; `cpu_share`: CPU seconds a second of the pulling
-    threads (1.0: one core); None: no limit."""
+    """What all pulls of a daemon share, or all its flushes. `bandwidth`: bytes a second; `cpu_share`: CPU seconds a
+    second of the working threads (1.0: one core); None: no limit."""
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class Throttle:
         self.admitted_bytes = 0
 
     def admit(self, size: int, cancelled: Callable[[], bool] = lambda: False) -> bool:
-        """Waits until `size` bytes may be pulled; False if `cancelled` says so meanwhile (see `wake`)."""
+        """Waits until `size` bytes may go; False if `cancelled` says so meanwhile (see `wake`)."""
         with self._changed:
             while not cancelled():
                 now = self._clock()
@@ -83,6 +84,13 @@ class Throttle:
         """Accounts for CPU time that pulling has taken."""
         with self._changed:
             self._cpu.charge(cpu_s, self._clock())
+
+    def limit(self, bandwidth: float | None) -> None:
+        """Another bandwidth from now on."""
+        with self._changed:
+            if bandwidth != self._bytes.rate:
+                self._bytes = Bucket(bandwidth, self._clock())
+                self._changed.notify_all()
 
     def pause(self) -> None:
         """Admits nothing until `resume`."""
