@@ -11,7 +11,6 @@ under way at a time, and of facts and decisions only the newest wait.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
@@ -50,6 +49,9 @@ MEET_S = 20.0
 
 MEET_AGAIN_S = 0.2
 
+SERVER_S = 1.0
+"""How long calls of the others may take to end with the server."""
+
 THREADS = 8
 STREAMS = 2
 """Of each pull from one node: two were measured to fill a loopback connection."""
@@ -59,8 +61,8 @@ Question = Callable[[str, bytes], bytes]
 
 
 class Directory(msgspec.Struct, frozen=True):
-    """What rank 0 tells every node's daemon of an epoch, beside Begin: the secret of its members, and of each, in the
-    order of their numbers, where it is to be found."""
+    """What rank 0 tells every node's daemon of an epoch, beside Begin: the secret of all who take part, and where each
+    is to be found, members in the order of their numbers, then guests."""
 
     token: bytes
     members: list[Announcement]
@@ -87,12 +89,15 @@ class Network:
         self.throttle = Throttle()
         self._job, self._node, self._ledger, self._answer = job, node, ledger, answer
         self._kept: _Kept | None = None
+        self._directory: Directory | None = None
+        """Of the epoch that has begun; what is kept may be of the next one."""
         self._listener: Listener | None = None
+        self._serving_end: threading.Thread | None = None
         self._server: PeerServer | None = None
+        self._offered: dict[str, tuple[SnapshotId, bytes]] = {}
         self._peers: dict[str, Peer] = {}
         self._outboxes: dict[str, _Outbox] = {}
         self._pulling = Peers({})
-        self._offered: dict[tuple[SnapshotId, str], bytes] = {}
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="peers")
         self._loop = asyncio.get_running_loop()
 
@@ -102,13 +107,27 @@ class Network:
         """Who this node will be in an epoch, listening at `address`. Raises ConfigError."""
         if self._kept is None or self._kept.epoch != epoch:
             identity = Identity.load(Path(tls_directory)) if tls_directory else Identity.ephemeral(self._node, epoch)
-            host, port = split_address(address)
-            if self._listener is not None:
-                self._listener.release()
-            self._listener = Listener.reserve(host, port)
-            secrets = identity.name, identity.certificate, identity.key, identity.authority
-            self._keep(_Kept(epoch, *secrets, host, self._listener.port))
+            self._reserve(epoch, identity, *split_address(address))
         return self._announcement()
+
+    def prepare_again(self, epoch: Epoch) -> Announcement:
+        """The same for a node that has been a member before: at the address that it had. Raises ConfigError."""
+        kept = self._kept
+        if kept is None:
+            raise ConfigError(f"node {self._node!r} has no other nodes that might know it")
+        if kept.epoch != epoch:
+            own = kept.authority is not None
+            identity = self._credentials().identity if own else Identity.ephemeral(self._node, epoch)
+            assert identity is not None
+            self._reserve(epoch, identity, kept.host, 0)
+        return self._announcement()
+
+    def _reserve(self, epoch: Epoch, identity: Identity, host: str, port: int) -> None:
+        if self._listener is not None:
+            self._listener.release()
+        self._listener = Listener.reserve(host, port)
+        secrets = identity.name, identity.certificate, identity.key, identity.authority
+        self._keep(_Kept(epoch, *secrets, host, self._listener.port))
 
     def begin(self, epoch: Epoch, directory: Directory, throttle: Throttle) -> None:
         """Serves the members of an epoch that was prepared. Raises ConfigError."""
@@ -125,7 +144,7 @@ class Network:
     def leave(self) -> None:
         """There are no others any more."""
         self._close_connections()
-        self._kept = None
+        self._kept = self._directory = None
 
     def resume(self, epoch: Epoch, throttle: Throttle) -> None:
         """Goes on where the daemon before has left; ConfigError where its port is taken."""
@@ -146,6 +165,7 @@ class Network:
         assert kept is not None
         assert kept.directory is not None
         self._close_connections()
+        self._directory = kept.directory
         if self._listener is None or self._listener.port != kept.port:
             self._listener = Listener.reserve(kept.host, kept.port)
         credentials = self._credentials()
@@ -177,12 +197,14 @@ class Network:
     # --- members
 
     @property
+    def own(self) -> str:
+        """The name of this node."""
+        return self._node
+
+    @property
     def names(self) -> list[str]:
-        """Nodes of the members, in the order of their numbers; in a job on one node, that."""
-        kept = self._kept
-        if kept is None or kept.directory is None:
-            return [self._node]
-        return [member.node for member in kept.directory.members]
+        """Nodes of the members, in the order of their numbers, and of the guests; in a job on one node, that."""
+        return [self._node] if self._directory is None else [member.node for member in self._directory.members]
 
     @property
     def peers(self) -> Peers:
@@ -249,12 +271,14 @@ class Network:
         self._loop.run_in_executor(self._threads, peer.ask, "tell", body, MESSAGE_S).add_done_callback(sent)
 
     def offer(self, snapshot: SnapshotId, what: str, content: bytes) -> int:
-        """Others may pull it; its size. What was offered under that name before is gone, unless it was the same: all
-        others ask for it at about the same time, and some of them are pulling it already."""
-        if self._offered.get((snapshot, what)) != content:
-            self.sources.withdraw(snapshot, what)
+        """Others may pull it, in the place of what was offered as the same before; its size. Who asks for what is
+        offered already does not disturb those that pull it."""
+        old = self._offered.get(what)
+        if old != (snapshot, content):
+            if old is not None:
+                self.sources.withdraw(old[0], what)
             self.sources.register(snapshot, what, MemorySource(content))
-            self._offered[snapshot, what] = content
+            self._offered[what] = snapshot, content
         return len(content)
 
     # --- what others ask, on threads of the server
@@ -282,8 +306,10 @@ class Network:
             await asyncio.sleep(0.02)
 
     def close(self) -> None:
-        """Ends serving. Blocks for some seconds where others do not let go."""
+        """Ends serving. Blocks for a while where others do not let go."""
         self._close_connections()
+        if self._serving_end is not None:
+            self._serving_end.join(SERVER_S)
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self._listener is not None:
             self._listener.release()
@@ -295,11 +321,11 @@ class Network:
         self._pulling.close()
         self._peers, self._pulling = {}, Peers({})
         if self._server is not None:
-            with contextlib.suppress(CkptdError):
-                self._server.close(deadline_s=1.0)
-            self._server = None
-        self._offered.clear()
+            server, self._server = self._server, None
+            self._serving_end = threading.Thread(target=server.close, args=(SERVER_S,), daemon=True)
+            self._serving_end.start()  # calls that are answered may go on; nobody waits for those that hang
         self.sources.close()
+        self._offered.clear()
 
 
 class _Outbox:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -22,7 +22,7 @@ from ckptd.daemon.protecting import Protection
 from ckptd.observe.trace import Trace
 from ckptd.protocol import messages as m
 from ckptd.protocol.cluster import messages as cluster
-from ckptd.protocol.cluster.facts import children_of, parent_of
+from ckptd.protocol.cluster.facts import Membership, children_of, parent_of
 from ckptd.protocol.node import NodeMachine
 from ckptd.tiers.arena import Slot
 from ckptd.tiers.peers import Announcement, Throttle
@@ -39,6 +39,9 @@ GATHER_S = 1.0
 """After a failure to fetch what other nodes' ranks have said."""
 
 PIECES_S = 60.0
+
+GUEST_S = 3.0
+"""How long an earlier member may take to answer; then it counts as lost."""
 
 LEAVE_S = 2.0
 """How long the last messages may take."""
@@ -73,7 +76,7 @@ class Others:
         membership = self._machine.state.cluster.membership
         if membership is None:
             return
-        if len(membership.arenas) > 1:
+        if len(membership.everybody) > 1:
             try:
                 self._network.resume(membership.epoch, self._throttle(self._machine.state.policy))
             except ConfigError as error:
@@ -89,12 +92,13 @@ class Others:
 
     def begin(self, message: m.Begin, raw: bytes) -> None:
         """The members of an epoch that is about to begin. Raises ConfigError, FormatError."""
-        if len(message.begin.membership.arenas) == 1:
+        expected = len(message.begin.membership.everybody)
+        if expected == 1:
             self._network.leave()
             return
         directory = decode_directory(raw)
-        if len(directory.members) != len(message.begin.membership.arenas):
-            raise FormatError(f"{len(directory.members)} of {len(message.begin.membership.arenas)} members are named")
+        if len(directory.members) != expected:
+            raise FormatError(f"{len(directory.members)} of {expected} members and guests are named")
         self._network.begin(message.begin.epoch, directory, self._throttle(message.policy))
 
     def begun(self) -> None:
@@ -108,9 +112,41 @@ class Others:
         if state.number is None or state.membership is None:
             return
         parent = parent_of(state.number)
-        wanted = {*state.membership.shape.group_of(state.number), *children_of(state.number, len(names))}
+        children = children_of(state.number, len(state.membership.arenas))
+        wanted = {*state.membership.shape.group_of(state.number), *children}
         wanted |= set() if parent is None else {parent}
         self._network.meet([names[number] for number in sorted(wanted - {state.number})])
+
+    async def invite(self, message: m.Invite) -> m.Invited:
+        """What other members of the epoch that has begun here promise for the next one, as far as they answer. Raises
+        ConfigError."""
+        membership = self._machine.state.cluster.membership
+        known = {} if membership is None else self._nodes(membership)
+        asked = [n for arena, n in known.items() if arena not in message.arenas and n not in message.nodes]
+        contact = msgspec.msgpack.encode(self._network.prepare_again(message.epoch))
+        found = await self._ask_all(asked, "prepare", cluster.encode(cluster.Prepare(message.epoch)))
+        guests = [guest for answer in found.values() if (guest := _invited(answer)) is not None]
+        return m.Invited([promise for promise, _ in guests], [contact for _, contact in guests], contact)
+
+    async def usher(self, message: m.Usher, raw: bytes) -> None:
+        """Tells guests how the epoch begins. Who does not answer is lost."""
+        membership = self._machine.state.cluster.membership
+        known = {} if membership is None else self._nodes(membership)
+        guests = [known[arena] for arena in message.begin.membership.guests if arena in known]
+        await self._ask_all(guests, "begin", msgspec.msgpack.encode((cluster.encode(message.begin), raw)))
+
+    async def _ask_all(self, nodes: Sequence[str], kind: str, body: bytes) -> dict[str, bytes]:
+        """Their answers, as far as they come."""
+        asked = (asyncio.to_thread(self._network.ask, node, kind, body, GUEST_S) for node in nodes)
+        answers = dict(zip(nodes, await asyncio.gather(*asked, return_exceptions=True), strict=True))
+        for node, answer in answers.items():
+            if isinstance(answer, BaseException):
+                log.warning("node %s, which is no node of the job any more, counts as lost: %s", node, answer)
+        return {node: answer for node, answer in answers.items() if isinstance(answer, bytes)}
+
+    def _nodes(self, membership: Membership) -> dict[str, str]:
+        """Arena -> node, of all who take part in the epoch."""
+        return dict(zip(membership.everybody, self._network.names, strict=False))
 
     async def lend(self, message: m.Borrow) -> list[Slot]:
         """Strings that a rank wants to restore from. Raises CkptdError."""
@@ -138,8 +174,8 @@ class Others:
         match action:
             case cluster.Tell(arena=arena, message=message):
                 membership = self._machine.state.cluster.membership
-                if membership is not None and arena in membership.arenas:
-                    node = self._network.names[membership.arenas.index(arena)]
+                node = None if membership is None else self._nodes(membership).get(arena)
+                if node is not None:
                     self._network.tell(node, key_of(message), message)
             case cluster.Describe() | cluster.Encode() | cluster.Rebuild() | cluster.Verify():
                 self._protection.carry_out(action)
@@ -178,7 +214,8 @@ class Others:
         assert epoch is not None
         while state.epoch == epoch and state.generation == generation and state.surveying:
             name = SnapshotId(epoch, generation)
-            others = [node for node in self._network.names if node != self._node]
+            members = self._network.names[: len(state.cluster.membership.arenas) if state.cluster.membership else 0]
+            others = [node for node in members if node != self._node]
             try:
                 found = await asyncio.gather(*(asyncio.to_thread(self._fetch, node, name) for node in others))
             except CkptdError as error:
@@ -208,6 +245,11 @@ class Others:
                 self._machine.job.handle(cluster.decode(body))
                 self._acted()
                 return b""
+            case "prepare":
+                return self._promise(body)
+            case "begin":
+                self._join(body)
+                return b""
             case "pieces":
                 name = _name(body)
                 if (self._machine.state.epoch, self._machine.state.generation) != (name.epoch, name.step):
@@ -220,6 +262,51 @@ class Others:
                 return msgspec.msgpack.encode(found[0] if found else {})
             case _:
                 raise FormatError(f"message {kind!r} between daemons: not one of this version's")
+
+    def _promise(self, body: bytes) -> bytes:
+        """A job begins an epoch without this node, which may hold something that it needs."""
+        asked = cluster.decode(body)
+        answer = self._machine.prepare(asked.epoch)
+        refused = isinstance(answer, cluster.Refuse)
+        contact = b"" if refused else msgspec.msgpack.encode(self._network.prepare_again(asked.epoch))
+        self._acted()
+        return msgspec.msgpack.encode((cluster.encode(answer), contact))
+
+    def _join(self, body: bytes) -> None:
+        """The epoch begins, with this node as a guest: from when whoever has said so has his answer."""
+        try:
+            packed, raw = msgspec.msgpack.decode(body, type=tuple[bytes, bytes])
+        except msgspec.MsgspecError as error:
+            raise FormatError(f"how an epoch begins for guests: {error}") from None
+        begin, directory = cluster.decode(packed), decode_directory(raw)
+        state = self._machine.state.cluster
+        if not isinstance(begin, cluster.Begin) or state.arena not in begin.membership.guests:
+            raise FormatError(f"how an epoch begins for guests: {type(begin).__name__}, not for this arena")
+
+        def join() -> None:
+            if begin.epoch != state.promised or begin.epoch == state.epoch:
+                return
+            try:
+                self._network.begin(begin.epoch, directory, self._throttle(self._machine.state.policy))
+            except ConfigError as error:
+                log.error("this node cannot be a guest of epoch %s: %s", begin.epoch, error)
+                return
+            self._machine.join(begin)
+            self.begun()
+            self._acted()
+
+        asyncio.get_running_loop().call_soon(join)
+
+
+def _invited(raw: bytes) -> tuple[cluster.Promise, bytes] | None:
+    """What a guest has promised, and how it is found; None if it did not promise."""
+    try:
+        answer, contact = msgspec.msgpack.decode(raw, type=tuple[bytes, bytes])
+        promise = cluster.decode(answer)
+    except (msgspec.MsgspecError, FormatError) as error:
+        log.warning("a node that is no node of the job any more: its promise: %s", error)
+        return None
+    return (promise, contact) if isinstance(promise, cluster.Promise) else None
 
 
 def packed_directory(token: bytes, contacts: list[bytes]) -> bytes:

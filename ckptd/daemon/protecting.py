@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -29,6 +30,11 @@ from ckptd.tiers.peers import Cancellation
 from ckptd.tiers.protection import Holders, ParityArea, Protector, SealedGroup, SealRecord
 
 log = logging.getLogger("ckptd.daemon")
+
+GUESTS_S = 60.0
+"""How long nodes that have left the job may take to read what they hold before others may copy it."""
+
+GUESTS_AGAIN_S = 0.2
 
 Work = cluster.Describe | cluster.Encode | cluster.Rebuild | cluster.Verify
 
@@ -83,11 +89,14 @@ class Protection:
             self._protector.close()
             self._protector = None
         number, names = self._state.number, self._network.names
-        if number is None or number >= len(names):
+        if self._network.own not in names or (number is None and len(names) == 1):
             return
-        members = dict(enumerate(names))
         self._protector = Protector(
-            members[number], members, self._network.peers, self._network.sources, self._network.throttle
+            self._network.own,
+            dict(enumerate(names)),
+            self._network.peers,
+            self._network.sources,
+            self._network.throttle,
         )
         for holding in self._state.holdings:
             self._give(holding)
@@ -103,7 +112,6 @@ class Protection:
             self._protector.give_string(name, self._memory.slots_of(holding.snapshot), SealRecord.decode(own))
         area = None if holding.area is None else self._memory.areas.get(holding.area)
         if holding.encoded and area is not None:
-            assert self._state.number is not None
             group = Group(holding.shape.group_of(holding.string), holding.shape.parity)
             records = {number: SealRecord.decode(raw) for number, raw in holding.records.items()}
             try:
@@ -126,7 +134,7 @@ class Protection:
         if self._protector is None or membership is None:
             raise DaemonError("no epoch with other nodes has begun here")
         name = SnapshotId(wanted.snapshot.epoch, wanted.step)
-        nodes = dict(zip(membership.arenas, self._network.names, strict=True))
+        nodes = dict(zip(membership.everybody, self._network.names, strict=True))
         made: list[Slot] = []
         for string in wanted.strings:
             group = Group(wanted.shape.group_of(string), wanted.shape.parity)
@@ -137,9 +145,18 @@ class Protection:
                     strings[number] += [nodes[arena]] if data else []
                     parities[number] += [nodes[arena]] if parity else []
             asked = sorted({node for held in (*strings.values(), *parities.values()) for node in held})
-            records = seal_records(self._network, name, group, asked, self._records_of(name))
+            records = self._all_records(name, group, asked, bool(membership.guests))
             made += self._protector.rebuild(SealedGroup(name, group, records), string, Holders(strings, parities))
         return made
+
+    def _all_records(self, name: SnapshotId, group: Group, asked: Sequence[str], guests: bool) -> dict[int, SealRecord]:
+        """Of all members of a group; `guests` may only just be making theirs."""
+        until = time.monotonic() + GUESTS_S
+        while True:
+            found = seal_records(self._network, name, group, asked, self._records_of(name))
+            if not guests or found.keys() >= set(group.nodes) or time.monotonic() >= until:
+                return found
+            time.sleep(GUESTS_AGAIN_S)
 
     def _records_of(self, name: SnapshotId) -> dict[int, bytes]:
         return next((dict(h.records) for h in self._state.holdings if h.name == name), {})
@@ -281,15 +298,17 @@ class _Task:
         cancellation: Cancellation,
     ) -> None:
         assert holding.name is not None
-        assert state.number is not None
+        assert state.membership is not None
         self.action, self.name, self.cancellation = action, holding.name, cancellation
         self.slots: list[Slot] = []
         self.made: list[Slot] = []
         self.record: SealRecord | None = None
         self.area: ParityArea | None = None
         self._protector, self._network = protector, network
-        self._group = Group(holding.shape.group_of(state.number), holding.shape.parity)
-        self._number, self._names = state.number, network.names
+        self._group = Group(holding.shape.group_of(holding.string), holding.shape.parity)
+        self._number, self._names = holding.string, network.names
+        nodes = dict(zip(state.membership.everybody, network.names, strict=False))
+        self._guests = [(string, nodes[arena]) for arena, string in state.holders.items() if arena in nodes]
         self._records = dict(holding.records)
         self._encoded = holding.encoded
         wanted = action.area if isinstance(action, cluster.Encode) else holding.area
@@ -330,12 +349,16 @@ class _Task:
         self._protector.encode(sealed, self._number, self.area, self.cancellation)
 
     def _rebuild(self) -> None:
-        others = [self._names[number] for number in self._group.nodes if number != self._number]
+        held = {number: [self._names[number]] for number in self._group.nodes}
+        held[self._number] = []
+        for string, guest in self._guests:
+            if string in held:
+                held[string].append(guest)
+        others = [node for nodes in held.values() for node in nodes]
         records = seal_records(self._network, self.name, self._group, others, self._records)
         sealed = SealedGroup(self.name, self._group, records)
-        held = {number: [self._names[number]] for number in self._group.nodes if number != self._number}
-        own = [self._names[self._number]] if self._encoded else []
-        holders = Holders({**held, self._number: []}, {**held, self._number: own})
+        own = [self._network.own] if self._encoded else []
+        holders = Holders(held, {**held, self._number: [*held[self._number], *own]})
         self.record = sealed.records[self._number]
         self.made = self._protector.rebuild(sealed, self._number, holders, self.cancellation)
 

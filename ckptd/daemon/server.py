@@ -20,7 +20,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any
 
@@ -197,6 +197,12 @@ class Daemon:
             case m.Meet():
                 self._meet(peer)
                 known = False
+            case m.Invite():
+                self._answer_later(peer, self._others.invite(message))
+                known = False
+            case m.Usher():
+                self._answer_later(peer, self._usher(message, _content(descriptors)))
+                known = False
             case m.Borrow():
                 self._lend(peer, message)
                 known = False
@@ -335,13 +341,30 @@ class Daemon:
         state = self._machine.state
         if message.begin.epoch != state.promised or message.begin.epoch == state.epoch:
             return True
-        raw = b"" if not descriptors else os.pread(descriptors[0], os.fstat(descriptors[0]).st_size, 0)
         try:
-            self._others.begin(message, raw)
+            self._others.begin(message, _content(descriptors))
         except CkptdError as error:
             self._send(Send(peer.number, m.Refuse(type(error).__name__, str(error)[: m.MAX_TEXT])))
             return False
         return True
+
+    async def _usher(self, message: m.Usher, raw: bytes) -> m.Message:
+        await self._others.usher(message, raw)
+        return m.Met()
+
+    def _answer_later(self, peer: Peer, work: Coroutine[Any, Any, m.Message]) -> None:
+        """What takes its time, or an error."""
+
+        async def answer() -> None:
+            try:
+                said = await work
+            except CkptdError as error:
+                said = m.Refuse(type(error).__name__, str(error)[: m.MAX_TEXT])
+            self._send(Send(peer.number, said))
+
+        task = asyncio.ensure_future(answer())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _lend(self, peer: Peer, message: m.Borrow) -> None:
         async def lend() -> None:
@@ -586,6 +609,11 @@ async def _serve(daemon: Daemon) -> None:
     timer = threading.Timer(LEAVE_S, os._exit, (0,))
     timer.daemon = True
     timer.start()
+
+
+def _content(descriptors: list[int]) -> bytes:
+    """Of the memory that came beside a message; nothing if none did."""
+    return b"" if not descriptors else os.pread(descriptors[0], os.fstat(descriptors[0]).st_size, 0)
 
 
 def _read_only(descriptor: int) -> int:

@@ -106,6 +106,28 @@ class Meet(Message, frozen=True):
     Answer: Met or Refuse."""
 
 
+class Invite(Message, frozen=True):
+    """For rank 0: have the other members of this node's epoch promise `epoch`, as far as they answer: all but `arenas`,
+    and those on `nodes`. Answer: Invited."""
+
+    epoch: Epoch
+    arenas: list[str]
+    nodes: list[str]
+
+    def __post_init__(self) -> None:
+        self.epoch.check()
+
+
+class Usher(Message, frozen=True):
+    """For rank 0: tell the guests that this node has invited how the epoch begins; where everybody is, is in the
+    descriptor beside. Answer: Met."""
+
+    begin: cluster.Begin
+
+    def __post_init__(self) -> None:
+        cluster.check(self.begin)
+
+
 class Borrow(Message, frozen=True):
     """A rank wants `strings` of the snapshot of a grant, as it was captured on nodes of another number or by others, to
     restore from: this node makes them anew, for all its ranks once. `held`: arena -> the string that it holds, whether
@@ -241,6 +263,20 @@ class Promise(Message, frozen=True):
         cluster.check(self.promise)
 
 
+class Invited(Message, frozen=True):
+    """Answer to Invite: what guests have promised, how others find each of them, and how they find this node."""
+
+    promises: list[cluster.Promise]
+    contacts: list[bytes]
+    contact: bytes
+
+    def __post_init__(self) -> None:
+        for promise in self.promises:
+            cluster.check(promise)
+        if len(self.promises) != len(self.contacts):
+            raise FormatError(f"{len(self.promises)} promises of {len(self.contacts)} guests")
+
+
 class Refuse(Message, frozen=True):
     """The request cannot be met. `error` names a class of ckptd.core.errors."""
 
@@ -365,6 +401,8 @@ ToDaemon = (
     Prepare
     | Begin
     | Meet
+    | Invite
+    | Usher
     | Borrow
     | Hello
     | Pieces
@@ -383,6 +421,7 @@ ToDaemon = (
 )
 FromDaemon = (
     Promise
+    | Invited
     | Refuse
     | Begun
     | Met

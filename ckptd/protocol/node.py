@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ckptd.core.types import Level, SnapshotId
+from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.protocol import messages as m
 from ckptd.protocol import repeats
 from ckptd.protocol.actions import Action, Disconnect, Drop, Exit, WriteRecord
@@ -175,14 +175,26 @@ class NodeMachine:
     def _prepare(self, peer: int, message: m.Prepare) -> None:
         if not self._compatible(peer, message.protocol, message.job):
             return
-        answer = self.job.prepare(message.epoch)
+        answer = self.prepare(message.epoch)
         if isinstance(answer, cluster.Refuse):
             text = f"epoch {message.epoch} is not above {answer.promised}"
             self._voice.refuse(peer, "DaemonError", text, answer.promised)
-            return
-        self._quiet.end()
-        self._disconnect_members()
-        self._voice.say(peer, m.Promise(answer))
+        else:
+            self._voice.say(peer, m.Promise(answer))
+
+    def prepare(self, epoch: Epoch) -> cluster.Promise | cluster.Refuse:
+        """Promises an epoch, to rank 0 or, where this node has left the job, to another node."""
+        answer = self.job.prepare(epoch)
+        if isinstance(answer, cluster.Promise):
+            self._quiet.end()
+            self._disconnect_members()
+        return answer
+
+    def join(self, begin: cluster.Begin) -> None:
+        """The epoch that was promised begins with this node as a guest: it holds what others may need, and has no ranks
+        of its own."""
+        if begin.epoch == self.state.promised != self.state.epoch and self.state.policy is not None:
+            self._adopt(begin, [], self.state.policy)
 
     def _begin(self, peer: int, message: m.Begin) -> None:
         epoch = message.begin.epoch
@@ -446,7 +458,8 @@ class NodeMachine:
             case cluster.Disband():
                 self._disbanded = True
             case cluster.Leave():
-                pass  # one that serves ranks stays with them; any other goes when nobody comes for too long
+                if not self.state.ranks:
+                    self._voice.do(Exit("nothing is held here that anybody needs"))
             case _:
                 self._voice.do(action)
 

@@ -54,6 +54,7 @@ log = logging.getLogger("ckptd")
 ATTEMPTS = 5
 BEGIN_S = 120.0
 HELLO_S = 30.0
+GUESTS_S = 30.0
 BORROW_S = 600.0
 """What is made anew from other nodes' memory takes its time, and Hello waits for it."""
 
@@ -186,8 +187,23 @@ class Start:
             if refused:
                 return None, max(epoch.number for epoch in refused if epoch is not None)
             arenas = [answer.promise.arena for answer in answers]
-            decide = lambda: msgspec.msgpack.encode(self._decide(epoch, answers, surroundings))  # noqa: E731
+            own = arenas[self.places.node_of[self.group.rank]]
+            inviter = self.group.from_first(lambda: self._inviter(answers, surroundings).encode()).decode()
+
+            def invite() -> bytes:
+                if not connection or own != inviter:
+                    return b""
+                return m.encode(request(connection[0], m.Invite(epoch, arenas, list(self.places.nodes)), GUESTS_S))
+
+            invited = [m.decode(said, "from") for said in self.group.together(invite) if said] if inviter else []
+            decide = lambda: msgspec.msgpack.encode(self._decide(epoch, answers, inviter, invited, surroundings))  # noqa: E731
             begun = msgspec.msgpack.decode(self.group.from_first(decide), type=_Begun)
+
+            def usher() -> bytes:
+                if connection and own == inviter:
+                    with _descriptor_of(begun.directory) as beside:
+                        request(connection[0], m.Usher(begun.begin), GUESTS_S, beside)
+                return b""
 
             def begin() -> bytes:
                 if connection:
@@ -201,11 +217,12 @@ class Start:
                     request(connection[0], m.Meet(), BEGIN_S)
                 return b""
 
+            if begun.begin.membership.guests:
+                self.group.together(usher)
             self.group.together(begin)
             if len(self.places.nodes) > 1:
                 self.group.together(meet)
-        leader = self.places.node_of[self.group.rank]
-        return (begun.choice, begun.borrowed.get(arenas[leader])), 0
+        return (begun.choice, begun.borrowed.get(own)), 0
 
     def _check_shared(self, nonce: str) -> None:
         """Raises ConfigError where the store of another node is not the one in which rank 0 has left a token."""
@@ -240,20 +257,37 @@ class Start:
             store.leave_token(epoch.nonce)
         return epoch
 
-    def _decide(self, epoch: Epoch, answers: Sequence[m.Promise], found: _Surroundings) -> _Begun:
-        """Rank 0: the restore point, and how the epoch begins from it."""
+    def _inviter(self, answers: Sequence[m.Promise], found: _Surroundings) -> str:
+        """Rank 0: the arena whose daemon is to ask earlier members; "" for none."""
         promises = [answer.promise for answer in answers]
-        chosen, choice = _choose(epoch, promises, found, self.options, self.wanted, self.excluded)
+        chosen = _newest(promises, found, self.wanted, self.excluded)
+        return (self.options.resume != "never" and cluster.inviter(promises, chosen)) or ""
+
+    def _decide(
+        self,
+        epoch: Epoch,
+        answers: Sequence[m.Promise],
+        inviter: str,
+        invited: Sequence[m.Message],
+        found: _Surroundings,
+    ) -> _Begun:
+        """Rank 0: the restore point, and how the epoch begins from it."""
+        contacts = {answer.promise.arena: answer.contact for answer in answers}
+        promises, guests = [answer.promise for answer in answers], []
+        for said in invited:
+            assert isinstance(said, m.Invited)
+            guests = said.promises
+            contacts |= {inviter: said.contact, **{p.arena: c for p, c in zip(guests, said.contacts, strict=True)}}
+        chosen, choice = _choose(epoch, [*promises, *guests], found, self.options, self.wanted, self.excluded)
         _mind_damage(choice, found.damaged)
         arenas = [promise.arena for promise in promises]
         if len(set(arenas)) < len(arenas):
             raise ConfigError("two nodes of the job are served by one daemon: give each its own CKPTD_RUNTIME_DIR")
-        begin = cluster.beginning(epoch, chosen, arenas, (), self.places.shape, self.group.size)
+        names = tuple(promise.arena for promise in guests)
+        begin = cluster.beginning(epoch, chosen, arenas, names, self.places.shape, self.group.size)
         borrowed = {} if begin.continued else _orphans(chosen, arenas)
-        if len(arenas) == 1:
-            return _Begun(choice, begin, b"", borrowed)
-        contacts = {answer.promise.arena: answer.contact for answer in answers}
-        directory = packed_directory(new_token(), [contacts[arena] for arena in begin.membership.arenas])
+        everybody = begin.membership.everybody
+        directory = b"" if len(everybody) == 1 else packed_directory(new_token(), [contacts[x] for x in everybody])
         return _Begun(choice, begin, directory, borrowed)
 
 
@@ -263,7 +297,7 @@ def _orphans(chosen: cluster.Choice, arenas: Sequence[str]) -> dict[str, m.Borro
         return {}
     shape = next(iter(chosen.held.values())).shape
     held = {arena: (item.string, item.data, item.parity) for arena, item in chosen.held.items()}
-    whole = {item.string for item in chosen.held.values() if item.data}
+    whole = {chosen.held[arena].string for arena in arenas if arena in chosen.held and chosen.held[arena].data}
     lacking = [string for string in range(shape.count) if string not in whole]
     dealt = {arena: lacking[place :: len(arenas)] for place, arena in enumerate(arenas)}
     return {
@@ -317,6 +351,21 @@ def _mind_damage(choice: Choice, damaged: Collection[tuple[str, str]]) -> None:
     log.error("passed over unreadable checkpoints: %s", found)
 
 
+def _durable(found: _Surroundings, excluded: Collection[tuple[SnapshotId, str]]) -> set[SnapshotId]:
+    return {snapshot for snapshot in found.stored if (snapshot, STORE) not in excluded}
+
+
+def _newest(
+    promises: Sequence[between.Promise],
+    found: _Surroundings,
+    wanted: Wanted,
+    excluded: Collection[tuple[SnapshotId, str]],
+) -> cluster.Choice:
+    """The newest live snapshot that is wanted, wherever it is."""
+    spoiled = {snapshot for snapshot, source in excluded if source == MEMORY}
+    return cluster.choose(promises, found.records, _durable(found, excluded), wanted, spoiled)
+
+
 def _choose(
     epoch: Epoch,
     promises: Sequence[between.Promise],
@@ -328,9 +377,7 @@ def _choose(
     """The newest live snapshot that is wanted, in memory if it is there."""
     if options.resume == "never":
         return cluster.Choice(None, 0, {}, 0, None), Choice(epoch, None, NOTHING)
-    durable = {snapshot for snapshot in found.stored if (snapshot, STORE) not in excluded}
-    spoiled = {snapshot for snapshot, source in excluded if source == MEMORY}
-    chosen = cluster.choose(promises, found.records, durable, wanted, spoiled)
+    chosen, durable = _newest(promises, found, wanted, excluded), _durable(found, excluded)
     name, lost = chosen.name, _lost(promises, found.records, wanted)
     if name is not None:
         if lost is not None and not chosen.held:

@@ -31,6 +31,7 @@ TO = typing.get_args(m.ToDaemon)
 FROM = typing.get_args(m.FromDaemon)
 ALONE = Shape(((0,),), 0)
 HELD = Held(POINT, 0, ALONE, 7, data=True, parity=True, posted=True)
+PROMISE = cluster.Promise(E1, "n", (HELD,), POINT, (EpochRecord(E1, POINT), EpochRecord(E1)), E1, 1)
 
 
 def begun(at: Epoch, point: SnapshotId | None = POINT, world: int = 2) -> cluster.Begin:
@@ -50,7 +51,11 @@ PLAIN: dict[str, Any] = {
     "address": "127.0.0.1",
     "tls_dir": "/tls",
     "contact": b"a node",
-    "promise": cluster.Promise(E1, "n", (HELD,), POINT, (EpochRecord(E1, POINT), EpochRecord(E1))),
+    "contacts": [b"another"],
+    "arenas": ["n"],
+    "nodes": ["a node"],
+    "promise": PROMISE,
+    "promises": [PROMISE],
     "protocol": 1,
     "job": "job",
     "epoch": E1,
@@ -263,6 +268,8 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "snapshot": st.builds(SnapshotId, EPOCHS, NUMBERS),
     "shape": st.just(ALONE),
     "strings": st.just([0]),
+    "arenas": st.just(["n"]),
+    "nodes": st.just(["a node"]),
     "held": st.just({"n": (0, True, True)}),
     "tls_dir": st.sampled_from(["", "/tls"]),
 }

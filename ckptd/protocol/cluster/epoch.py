@@ -132,6 +132,19 @@ def _worth(item: Held | None) -> int:
 # --- rank 0
 
 
+def inviter(promises: Sequence[m.Promise], chosen: Choice) -> str | None:
+    """The arena whose daemon asks earlier members that are no nodes of the job any more; None if it is not worth the
+    time, since what is left without them is no older than what was protected."""
+    newest = max((promise.began for promise in promises if promise.began is not None), default=None)
+    there = [promise for promise in promises if promise.began == newest]
+    if newest is None or len(there) >= there[0].members:
+        return None
+    protected = max((promise.protected for promise in promises if promise.protected is not None), default=None)
+    if chosen.held and (protected is None or (chosen.point is not None and chosen.point >= protected)):
+        return None
+    return min(promise.arena for promise in there)
+
+
 def beginning(
     epoch: Epoch, chosen: Choice, arenas: Sequence[str], guests: tuple[str, ...], shape: Shape, world: int = 1
 ) -> m.Begin:
@@ -237,7 +250,8 @@ def promise(state: ClusterState, epoch: Epoch) -> m.Promise | m.Refuse:
             return m.Refuse(epoch, state.arena, known)
     state.promised = epoch
     held = tuple(item for holding in state.holdings if (item := holding.held()) is not None)
-    return m.Promise(epoch, state.arena, held, state.protected, tuple(state.records))
+    members = 0 if state.membership is None else len(state.membership.arenas)
+    return m.Promise(epoch, state.arena, held, state.protected, tuple(state.records), state.epoch, members)
 
 
 def begin(state: ClusterState, message: m.Begin) -> list[m.Free]:

@@ -45,6 +45,11 @@ class Membership(msgspec.Struct, frozen=True):
     shape: Shape
     world: int = 1
 
+    @property
+    def everybody(self) -> tuple[str, ...]:
+        """Members in the order of their numbers, then guests."""
+        return self.arenas + self.guests
+
 
 class Held(msgspec.Struct, frozen=True):
     """What an arena holds of a snapshot: string number `string` of that shape. `parity`: its parities are complete;

@@ -27,12 +27,15 @@ class Prepare(ClusterMessage, frozen=True):
 
 
 class Promise(ClusterMessage, frozen=True):
-    """Frozen for `epoch`: what this arena holds, the newest snapshot it knows to be protected, the lineage."""
+    """Frozen for `epoch`: what this arena holds, the newest snapshot it knows to be protected, the lineage; the epoch
+    that has begun here, of so many `members`."""
 
     arena: str
     held: tuple[Held, ...]
     protected: SnapshotId | None
     records: tuple[EpochRecord, ...]
+    began: Epoch | None = None
+    members: int = 0
 
 
 class Refuse(ClusterMessage, frozen=True):

@@ -116,7 +116,7 @@ class Peers:
         return failures[0] if failures else None
 
     def close(self) -> None:
-        """Waits for pulls in progress and closes all connections."""
-        self._threads.shutdown(cancel_futures=True)
+        """Closes all connections; pulls in progress end by themselves, as soon as they are cancelled or fail."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for peer in self._peers.values():
             peer.close()
