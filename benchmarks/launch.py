@@ -1,4 +1,4 @@
-"""Runs one trial: starts its ranks, reads memory when they rest, collects their results, leaves nothing running.
+"""Runs one trial: starts its ranks, reads memory and CPU time when they rest, collects their results, leaves nothing.
 
 Every process carries a mark in its environment, so that daemons and helper processes are found and counted too.
 """
@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import queue
+import re
 import secrets
 import shutil
 import socket
@@ -18,15 +19,21 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
+from benchmarks.contender import CONTENDERS
 from benchmarks.memory import Sampler, marked
-from benchmarks.worker import Trial
+from benchmarks.peers import environments
+from benchmarks.worker import PHASES, Trial
 
 MARK = "CKPTD_BENCHMARK"
+ROOT = Path(__file__).resolve().parent.parent
+COMPANION_S = 60.0
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class TrialError(Exception):
@@ -35,72 +42,164 @@ class TrialError(Exception):
 
 @dataclasses.dataclass
 class Outcome:
-    """What one trial gave: each rank's result, and bytes occupied by all of its processes."""
+    """What one trial gave: each rank's result, and of all of its processes at each phase's end the greatest memory
+    since the last one and the CPU seconds since the beginning."""
 
     ranks: list[dict[str, Any]]
-    training_bytes: int
-    peak_bytes: int
+    bytes: dict[str, int]
+    cpu_s: dict[str, float]
 
 
-def run_trial(trial: Trial, ranks: int, timeout_s: float) -> Outcome:
-    """Run it in `trial.directory` (made, and removed after); TrialError if any rank fails."""
-    mark = secrets.token_hex(8)
-    runtime = tempfile.mkdtemp(prefix="ckptd-bench-")  # short: a socket's path has at most 107 bytes
-    Path(trial.directory).mkdir(parents=True)
-    group = _Ranks(trial, ranks, mark, runtime, time.monotonic() + timeout_s)
-    sampler = Sampler(MARK, mark)
+class Place:
+    """Where processes of one contender run: a mark, an environment, an interpreter; all that is left is ended."""
+
+    def __init__(self, contender: str, directory: Path, environment_root: Path) -> None:
+        if contender not in CONTENDERS:
+            raise TrialError(f"no such contender: {contender!r}; there are {', '.join(CONTENDERS)}")
+        self.entry, self.directory = CONTENDERS[contender], directory
+        self.mark = secrets.token_hex(8)
+        self.interpreter = sys.executable
+        if self.entry.environment is not None:
+            try:
+                self.interpreter = str(environments.python(self.entry.environment, environment_root))
+            except environments.EnvironmentSetupError as error:
+                raise TrialError(f"its environment could not be made: {error}") from None
+        directory.mkdir(parents=True)
+        self.runtime = tempfile.mkdtemp(prefix="ckptd-bench-")  # short: a socket's path has at most 107 bytes
+        self._shared = set(os.listdir(SHARED_MEMORY))
+        self.variables = {
+            **os.environ,
+            MARK: self.mark,
+            "PYTHONPATH": str(ROOT),
+            "CKPTD_RUNTIME_DIR": self.runtime,
+            "MASTER_ADDR": "127.0.0.1",
+        }
+
+    @property
+    def errors(self) -> Path:
+        """The file that takes what its processes write to standard error."""
+        return self.directory / "errors.txt"
+
+    def tail(self, characters: int = 4000) -> str:
+        """The end of what they wrote there."""
+        return self.errors.read_text(errors="replace")[-characters:] if self.errors.exists() else ""
+
+    def start(self, module: str, *arguments: str, **variables: object) -> subprocess.Popen[str]:
+        """A process that speaks JSON lines on its standard output."""
+        environment = self.variables | {name: str(value) for name, value in variables.items()}
+        with self.errors.open("a") as errors:
+            return subprocess.Popen(
+                [self.interpreter, "-m", module, *arguments],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+
+    def start_companion(self, ranks: int) -> None:
+        """What has to run beside the ranks and outlive them; TrialError unless it says that it is there."""
+        if self.entry.companion is None:
+            return
+        process = self.start(self.entry.companion, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
+        assert process.stdout is not None
+        ready = threading.Thread(target=process.stdout.readline, daemon=True)
+        ready.start()
+        ready.join(COMPANION_S)
+        if ready.is_alive() or process.poll() is not None:
+            raise TrialError(f"{self.entry.companion} does not run\n{self.tail()}")
+
+    def clear(self) -> None:
+        """Let what has finished leave by itself, then end by process id what is left; files and shared memory go."""
+        deadline = time.monotonic() + (0 if self.entry.companion else 5)
+        while marked(MARK, self.mark) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.kill()
+        for name in set(os.listdir(SHARED_MEMORY)) - self._shared:
+            if self.mark in name or name.startswith("torch_"):
+                with contextlib.suppress(OSError):
+                    (SHARED_MEMORY / name).unlink()
+        shutil.rmtree(self.directory, ignore_errors=True)
+        shutil.rmtree(self.runtime, ignore_errors=True)
+
+    def kill(self, **variables: str) -> int:
+        """SIGKILL to every process of this place with these variables in its environment; how many there were. Stopped
+        first, and again until none is left, since daemons start each other anew."""
+        ended: set[int] = set()
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            found = list(self._processes(variables))
+            if not found:
+                break
+            for action in (psutil.Process.suspend, psutil.Process.kill):
+                for process in found:
+                    with contextlib.suppress(psutil.Error):
+                        action(process)
+            ended |= {process.pid for process in found}
+            psutil.wait_procs(found, timeout=1)
+        return len(ended)
+
+    def _processes(self, variables: dict[str, str]) -> Iterator[psutil.Process]:
+        for pid in marked(MARK, self.mark):
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(pid)
+                environment = process.environ()
+                if process.status() != psutil.STATUS_ZOMBIE and variables.items() <= environment.items():
+                    yield process
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_trial(trial: Trial, ranks: int, timeout_s: float, environment_root: Path) -> Outcome:
+    """Run it in `trial.directory` (made, and removed after); TrialError if it cannot run, with the reason."""
+    place = Place(trial.contender, Path(trial.directory), environment_root)
+    sampler = Sampler(MARK, place.mark)
     try:
-        group.wait_for("trained")
-        sampler.take()
-        training_bytes = sampler.take()
-        group.resume()
-        group.wait_for("saved")
-        peak_bytes = sampler.take()
-        group.resume()
-        return Outcome(group.wait_for("result"), training_bytes, peak_bytes)
+        place.start_companion(ranks)
+        group = _Ranks(place, trial, ranks, time.monotonic() + timeout_s)
+        peaks, cpu_s = {}, {}
+        for name in PHASES:
+            group.wait_for(name)
+            peaks[name], cpu_s[name] = sampler.take()
+            group.resume()
+        return Outcome(group.wait_for("result"), peaks, cpu_s)
     finally:
         sampler.close()
-        _end(mark)
-        group.close()
-        shutil.rmtree(trial.directory, ignore_errors=True)
-        shutil.rmtree(runtime, ignore_errors=True)
+        place.clear()
 
 
 class _Ranks:
-    """The processes of a trial, and the lines they print."""
+    """The ranks of a trial, and the lines they print."""
 
-    def __init__(self, trial: Trial, ranks: int, mark: str, runtime: str, deadline: float) -> None:
-        self._deadline = deadline
+    def __init__(self, place: Place, trial: Trial, ranks: int, deadline: float) -> None:
+        self._place, self._deadline = place, deadline
         self._lines: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
-        self._processes: list[subprocess.Popen[str]] = []
-        self._errors = Path(trial.directory) / "errors.txt"
-        shared = {
-            **os.environ,
-            MARK: mark,
-            "CKPTD_RUNTIME_DIR": runtime,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-        }
-        command = [sys.executable, "-m", "benchmarks.worker", json.dumps(dataclasses.asdict(trial))]
-        with self._errors.open("w") as errors:
-            for rank in range(ranks):
-                process = subprocess.Popen(
-                    command,
-                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                )
-                assert process.stdout is not None
-                self._processes.append(process)
-                threading.Thread(target=self._read, args=(rank, process.stdout), daemon=True).start()
+        port, argument = free_port(), json.dumps(dataclasses.asdict(trial))
+        self._processes: list[subprocess.Popen[str]] = [
+            place.start(
+                "benchmarks.worker",
+                argument,
+                RANK=rank,
+                LOCAL_RANK=rank,
+                WORLD_SIZE=ranks,
+                LOCAL_WORLD_SIZE=ranks,
+                MASTER_PORT=port,
+            )
+            for rank in range(ranks)
+        ]
+        for rank, process in enumerate(self._processes):
+            assert process.stdout is not None
+            threading.Thread(target=self._read, args=(rank, process.stdout), daemon=True).start()
 
     def _read(self, rank: int, output: IO[str]) -> None:
         for line in output:
-            if line.startswith("{"):
+            if line.startswith('{"'):
                 self._lines.put((rank, json.loads(line)))
         self._lines.put((rank, None))
 
@@ -111,10 +210,10 @@ class _Ranks:
             try:
                 rank, line = self._lines.get(timeout=max(0.0, self._deadline - time.monotonic()))
             except queue.Empty:
-                raise TrialError(f"no {name!r} in time\n{self._tail()}") from None
+                raise TrialError(f"no {name!r} in time\n{self._place.tail()}") from None
             if line is None and rank not in found:
-                raise TrialError(f"rank {rank} ended before {name!r}\n{self._tail()}")
-            if line is not None and ("result" in line or line.get("phase") == name):
+                raise TrialError(f"rank {rank} ended before {name!r}\n{self._place.tail()}")
+            if line is not None and (name in line or line.get("phase") == name):
                 found[rank] = line.get("result")
         return [found[rank] for rank in sorted(found)]
 
@@ -124,27 +223,9 @@ class _Ranks:
             process.stdin.write("\n")
             process.stdin.flush()
 
-    def close(self) -> None:
-        for process in self._processes:
-            process.wait(10)
 
-    def _tail(self) -> str:
-        return self._errors.read_text(errors="replace")[-4000:]
-
-
-def _end(mark: str) -> None:
-    """Let a finished trial leave by itself, then end by process id what is left of it."""
-    deadline = time.monotonic() + 5
-    while marked(MARK, mark) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    while (left := marked(MARK, mark)) and time.monotonic() < deadline + 5:  # daemons start each other anew
-        for pid in left:
-            with contextlib.suppress(psutil.Error):
-                psutil.Process(pid).kill()
-        time.sleep(0.05)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def reason(error: str) -> str:
+    """The line of a failure's message that says most: the last one of a traceback, else the first."""
+    lines = [re.sub(r"^\[rank\d+\]: ", "", line).strip() for line in error.splitlines() if line.strip()]
+    said: Sequence[str] = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Exit"))]
+    return f"{lines[0]}: {said[-1]}" if said and said[-1] != lines[0] else lines[0]

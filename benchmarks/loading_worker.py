@@ -28,11 +28,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import ckptd
-from benchmarks.workload import BYTES_PER_PARAMETER, WIDTH, Block
+from benchmarks.workload import BYTES_PER_PARAMETER
 
 SINGLE, DDP, FSDP2 = "one process", "DDP", "FSDP2"
 CKPTD, DCP = "ckptd.load", "dcp.load"
 WARM, COLD = "warm", "cold"
+WIDTH = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,19 @@ class Job:
     directory: str
     state_bytes: int
     rounds: int
+
+
+class Block(nn.Module):
+    """Two square layers and a residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width, bias=False)
+        self.outer = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        residual: torch.Tensor = self.outer(torch.nn.functional.gelu(self.inner(x)))
+        return x + residual
 
 
 class State:

@@ -1,4 +1,4 @@
-"""Memory that a set of processes occupies together, each page counted once.
+"""Memory that a set of processes occupies together, each page counted once, and the CPU time they use.
 
 Private and file pages by PSS (/proc/PID/smaps). Memory files (memfd) count by what is allocated to them, whether or not
 anybody has them mapped: a daemon may hold gigabytes through a descriptor alone, which no PSS shows.
@@ -68,12 +68,23 @@ def _proportional(pid: int, counted: dict[int, int]) -> int:
     return total
 
 
-class Sampler:
-    """Follows the peak of marked processes in a thread; `take` returns the peak since the last `take`."""
+def _cpu_s(pid: int) -> tuple[tuple[int, float], float] | None:
+    """((process id, when it started), CPU seconds of all its threads); None if it has gone."""
+    try:
+        process = psutil.Process(pid)
+        times = process.cpu_times()
+        return (pid, process.create_time()), times.user + times.system
+    except psutil.Error:
+        return None
 
-    def __init__(self, name: str, value: str, period_s: float = 0.1) -> None:
+
+class Sampler:
+    """Follows the memory and CPU time of marked processes in a thread, seldom enough not to disturb them."""
+
+    def __init__(self, name: str, value: str, period_s: float = 0.5) -> None:
         self._name, self._value, self._period_s = name, value, period_s
         self._peak = 0
+        self._cpu_s: dict[tuple[int, float], float] = {}
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -84,16 +95,19 @@ class Sampler:
             self._sample()
 
     def _sample(self) -> None:
-        now = occupied(marked(self._name, self._value))
+        pids = marked(self._name, self._value)
+        now, used = occupied(pids), dict(filter(None, map(_cpu_s, pids)))
         with self._lock:
             self._peak = max(self._peak, now)
+            self._cpu_s |= used
 
-    def take(self) -> int:
-        """The peak in bytes, at least what is occupied now."""
+    def take(self) -> tuple[int, float]:
+        """(peak in bytes since the last call, at least what is occupied now; CPU seconds since the beginning, of those
+        that have gone too, up to the last sample of them)."""
         self._sample()
         with self._lock:
             peak, self._peak = self._peak, 0
-        return peak
+            return peak, sum(self._cpu_s.values())
 
     def close(self) -> None:
         self._stop.set()

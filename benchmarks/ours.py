@@ -1,12 +1,8 @@
-"""ckptd as a contender: a snapshot on request at the boundary, flushed by the daemon while training goes on.
-
-`Checkpointer.snapshot` returns when the snapshot is sealed: its stall is an upper bound of what a loop pays that lets
-the daemon choose the steps: there no rank waits for the seal.
-"""
+"""ckptd as a contender: a snapshot at every step, flushed by the daemon while training goes on."""
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -15,19 +11,17 @@ import ckptd
 from benchmarks.contender import Contender
 from benchmarks.workload import Workload
 
-NEVER = 10**9
+WAIT_S = 300.0
 
 
 class Ckptd(Contender):
-    """One Checkpointer for the whole trial; `load` reads the store, `load_from_memory` restarts the job."""
+    """A Checkpointer as a training script has it; `load` reads the store, `load_from_memory` restarts the job."""
 
-    def __init__(self, workload: Workload, directory: Path) -> None:
-        super().__init__(workload, directory)
+    def __init__(self, workload: Workload, directory: Path, flush_every: int) -> None:
+        super().__init__(workload, directory, flush_every)
         self._store: Path | None = self.store_in(directory)
         self._state: dict[str, Any] = {"model": workload.model, "optimizer": workload.optimizer}
-        self._saved_step = 0
-        self._failure: BaseException | None = None
-        self._checkpointer = self._enter("never")
+        self._checkpointer = self._enter("auto")
 
     def store_in(self, directory: Path) -> Path | None:
         """Where checkpoints go."""
@@ -38,47 +32,38 @@ class Ckptd(Contender):
             self._state,
             self._store,
             job=str(self.directory),
-            snapshot_every=NEVER,
-            flush_every=NEVER,
+            snapshot_every=1,
+            flush_every=self.flush_every,
             keep=1,
             resume=resume,
         )
         checkpointer.__enter__()
         return checkpointer
 
-    def boundary(self, step: int, *, save: bool) -> None:
+    def resume(self) -> int:
+        return self._checkpointer.restore()
+
+    def boundary(self, step: int) -> None:
         self._checkpointer.step(step)
-        if save:
-            self.sealed_at = self.durable_at = None
-            if self._checkpointer.snapshot() != step:
-                raise RuntimeError(f"step {step} was not captured")
-            self.sealed_at = time.perf_counter()
-            self.make_durable(step)
 
-    def make_durable(self, step: int) -> None:
-        """Begins to make a sealed step durable."""
-        threading.Thread(target=self._flush, args=(step,), daemon=True).start()
+    def finish(self, step: int) -> None:
+        self._checkpointer.wait("sealed", step, WAIT_S)
+        if self.flushes:
+            self._checkpointer.wait("durable", step, WAIT_S)
 
-    def _flush(self, step: int) -> None:
-        try:
-            self._checkpointer.wait("durable", step)
-        except ckptd.CkptdError as error:
-            self._failure = error
-            return
-        self._saved_step = step
-        self.durable_at = time.perf_counter()
+    def kept(self) -> int:
+        return int(self._checkpointer.statistics()["snapshots_sealed"])
 
-    def poll(self) -> None:
-        if self._failure is not None:
-            raise self._failure
+    def durable(self) -> int:
+        committed = [int(path.parent.name[5:13]) for path in self.directory.glob("store/step-*/COMMIT")]
+        return max(committed, default=0)
 
     def load(self) -> None:
         ckptd.load(self._state, str(self._store))
 
     def load_from_memory(self) -> float:
         """Seconds that a restart takes to have its state again: the job is left as by an exception and begun anew."""
-        error = RuntimeError("the loop ended")
-        self._checkpointer.__exit__(RuntimeError, error, None)
+        self._checkpointer.__exit__(RuntimeError, RuntimeError("the loop ended"), None)
         started = time.perf_counter()
         self._checkpointer = self._enter("must")
         self._checkpointer.restore()
@@ -88,12 +73,10 @@ class Ckptd(Contender):
             raise RuntimeError(f"restored from {source}, expected memory")
         return seconds
 
-    def saved(self) -> Path:
-        (directory,) = Path(str(self._store)).glob(f"step-{self._saved_step:08d}.*")
-        return directory
-
-    def discard(self, saved: Path) -> None:
-        """Nothing to do: the daemon keeps one checkpoint."""
+    def saved(self) -> Path | None:
+        with contextlib.suppress(ValueError):
+            return max(path.parent for path in self.directory.glob("store/step-*/COMMIT"))
+        return None
 
     def close(self) -> None:
         self._checkpointer.__exit__(None, None, None)
@@ -102,15 +85,7 @@ class Ckptd(Contender):
 class CkptdMemory(Ckptd):
     """Snapshots alone, without a store: what capture costs when nothing is written."""
 
+    flushes = False
+
     def store_in(self, directory: Path) -> None:
         return None
-
-    def make_durable(self, step: int) -> None:
-        """As durable as it gets: sealed."""
-        self.durable_at = self.sealed_at
-
-    def load(self) -> None:
-        self.load_from_memory()
-
-    def saved(self) -> Path:
-        return self.directory

@@ -1,4 +1,4 @@
-"""A log-log chart as SVG: one line for each series, decades as a grid, and dashes of slope 1 to compare with."""
+"""Charts as SVG. `log_log`: a line for each series, decades as a grid, dashes of slope 1. `bars`: one for each name."""
 
 from __future__ import annotations
 
@@ -73,3 +73,33 @@ class _Axis:
     def share(self, number: float) -> float:
         """Where on the axis, from 0 to 1."""
         return (math.log10(number) - self.low) / (self.high - self.low)
+
+
+BAR, GAP, NAMES = 18, 8, 220
+
+
+def bars(title: str, values: Mapping[str, Sequence[float]]) -> str:
+    """A bar for each (median, least, greatest), with a whisker from least to greatest; raises ValueError for none."""
+    greatest = max((max(found) for found in values.values()), default=0.0)
+    if greatest <= 0:
+        raise ValueError("a chart of bars needs a positive number")
+    width, height = NAMES + 420, TOP + (BAR + GAP) * len(values) + GAP
+    scale = (width - NAMES - 60) / greatest
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="8" y="16" font-weight="bold">{html.escape(title)}</text>',
+    ]
+    for number, (name, (median, least, most)) in enumerate(values.items()):
+        top = TOP + GAP + (BAR + GAP) * number
+        colour = COLOURS[0] if name.startswith("ckptd") else COLOURS[-1]
+        left, middle = NAMES + max(0.0, least) * scale, top + BAR / 2
+        length, right = max(0.0, median) * scale, NAMES + max(0.0, most) * scale
+        parts += [
+            f'<text x="{NAMES - 8}" y="{middle + 4}" text-anchor="end">{html.escape(name)}</text>',
+            f'<rect x="{NAMES}" y="{top}" width="{length:.1f}" height="{BAR}" fill="{colour}" opacity="0.8"/>',
+            f'<path d="M{left:.1f} {middle}H{right:.1f}" stroke="#222"/>',
+            f'<text x="{right + 6:.1f}" y="{middle + 4}">{median:.3g}</text>',
+        ]
+    return "\n".join([*parts, "</svg>", ""])

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from benchmarks.plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, log_log
+from benchmarks.plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, bars, log_log
 
 
 def circles(svg: str) -> list[tuple[float, float]]:
@@ -28,3 +28,12 @@ def test_a_decade_is_as_wide_everywhere() -> None:
 def test_what_has_no_logarithm(points: list[tuple[float, float]]) -> None:
     with pytest.raises(ValueError, match="positive"):
         log_log("t", "x", "y", {"a": points})
+
+
+def test_a_bar_is_as_long_as_its_number() -> None:
+    svg = bars("t", {"whole <s>": (2.0, 1.0, 2.0), "half": (1.0, 0.5, 1.5)})
+    ElementTree.fromstring(svg)
+    _, whole, half = (float(width) for width in re.findall(r'<rect .*?width="([\d.]+)"', svg))
+    assert whole == pytest.approx(2 * half, abs=0.2)
+    with pytest.raises(ValueError, match="positive"):
+        bars("t", {})
