@@ -18,8 +18,6 @@ import os
 import threading
 import time
 
-import numpy as np
-
 from ckptd.core.config import Options
 from ckptd.core.errors import CkptdError, DaemonError, DeadlineError, StoreError
 from ckptd.core.types import Epoch, Level, SnapshotId
@@ -27,6 +25,7 @@ from ckptd.daemon.client import refusal
 from ckptd.daemon.session import Session
 from ckptd.format.objects import pack_table
 from ckptd.protocol import messages as m
+from ckptd.trainer import device
 from ckptd.trainer.costs import Costs
 from ckptd.trainer.memory import SnapshotMemory
 from ckptd.trainer.state import AppState
@@ -38,6 +37,9 @@ AUDITED_FIRST, AUDITED_EVERY = 3, 100
 """Windows whose sources are hashed at the boundary and compared with the copy: the first few, then one in so many."""
 
 WAIT_SLICE_S = 0.5
+
+DEVICES_S = 10.0
+"""How long the end of a training waits for copies from devices; they take part of a second unless a device hangs."""
 
 BOUNDARY_S = 0.002
 """Boundaries that follow each other faster are not all told: the daemon would fall behind and grant what has passed."""
@@ -70,7 +72,7 @@ class Capture:
         self._passed = -1
         self._requested: int | None = None
         self._granted_last = 0
-        self._capturing: int | None = None
+        self._capturing: set[int] = set()
         self._standing: list[m.Message] = []
         self._sealed = self._protected = -1
         self._durable = durable
@@ -78,7 +80,9 @@ class Capture:
         self._failed_flush: tuple[int, str] | None = None
         self._refused: CkptdError | None = None
         self._window: Window | None = None
+        self._closed_windows: list[Window] = []
         self._windows = 0
+        self._writers = device.Writers()
         self.memory = SnapshotMemory(state, rank, threads, self._say, self._cannot)
 
     def start(self, session: Session) -> None:
@@ -94,7 +98,7 @@ class Capture:
             self._at_boundary(step, updated)
 
     def _at_boundary(self, step: int, updated: bool) -> None:
-        self.memory.release()
+        self.memory.release([window.capture.slot for window in self._closed_windows])
         with self._lock:
             if self._refused is not None:
                 raise self._refused
@@ -143,14 +147,25 @@ class Capture:
                 self._requested = None
 
     def close_window(self) -> None:
-        """Returns when nothing is being copied any more: before any write that a copy must not see."""
-        window = self._window
-        if window is not None:
-            with self._costs.before_update(window.capture.snapshot.step):
-                window.finish(self._options.max_stall_s)
-                self._window = None
-                if window.written:
-                    self.memory.written_in_window(window.written)
+        """Before any write that a copy must not see: nothing is being copied by this process when it returns, and what
+        is queued on the current streams of devices from now on comes after their copies."""
+        streams = self._writers.note()
+        if self._window is not None:
+            with self._costs.before_update(self._window.capture.snapshot.step):
+                self._window.finish(self._options.max_stall_s, streams)  # its copies come after those of all before it
+            self._closed_windows.append(self._window)
+            self._window = None
+        else:
+            for window in self._closed_windows:  # another stream than the first one may write now
+                window.finish(self._options.max_stall_s, streams)
+        self._closed_windows = [window for window in self._closed_windows if not self._is_over(window)]
+
+    def _is_over(self, window: Window) -> bool:
+        """Whether nobody needs the window any more."""
+        over = window.ended()
+        if over and window.written:
+            self.memory.written_in_window(window.written)
+        return over
 
     def wait(self, level: Level, step: int, until: float | None) -> Level:
         """Until a snapshot of `step` or later has reached `level`, or the monotonic time `until`. Raises StoreError,
@@ -207,6 +222,7 @@ class Capture:
     def close(self, message: m.Message, timeout_s: float) -> None:
         """Says the last word, waits until it is heard, and lets go of the slots."""
         self.close_window()
+        over = all(window.ended(DEVICES_S) for window in self._closed_windows)
         if self.session is not None:
             if isinstance(message, m.Close):
                 try:
@@ -216,7 +232,11 @@ class Capture:
             else:
                 self._say(message)
             self.session.end()
-        self.memory.close()
+        if over:
+            self.memory.close()
+            device.close()
+        else:
+            log.error("devices do not end their copies: the memory that they write to is kept until this process ends")
 
     def _check_deadline(self, until: float, what: str) -> None:
         if time.monotonic() >= until:
@@ -228,8 +248,7 @@ class Capture:
 
     def _wakes(self, step: int) -> bool:
         """Something has come that the training thread must act on while it waits in `snapshot`."""
-        due = any(grant.step <= step and number not in self._outcomes for number, grant in self._grants.items())
-        return due or self._survey is not None or self._sealed >= step or self._refused is not None
+        return bool(self._unused(step)) or self._survey is not None or self._sealed >= step or self._refused is not None
 
     def _level(self, step: int) -> Level | None:
         if step <= self._durable:
@@ -270,11 +289,16 @@ class Capture:
         """The grant to use at the boundary of `step`. Older ones have been overtaken."""
         with self._lock:
             self._passed = max(self._passed, step)
-            due = sorted(n for n, grant in self._grants.items() if grant.step <= step and n not in self._outcomes)
+            due = self._unused(step)
             for grant in due[:-1]:
                 self._settle(m.Missed(grant, "revoked"))
-            self._capturing = due[-1] if due else None
+            self._capturing.update(due[-1:])
             return self._grants[due[-1]] if due else None
+
+    def _unused(self, step: int) -> list[int]:
+        """Grants for steps up to `step` that are neither settled nor in use."""
+        used = self._capturing.union(self._outcomes)
+        return sorted(number for number, grant in self._grants.items() if grant.step <= step and number not in used)
 
     def _settle(self, outcome: m.Captured | m.Missed) -> None:
         """The one outcome of a grant; said, remembered, counted."""
@@ -282,8 +306,7 @@ class Capture:
             if outcome.grant in self._outcomes:
                 return
             self._outcomes[outcome.grant] = outcome
-            if self._capturing == outcome.grant:
-                self._capturing = None
+            self._capturing.discard(outcome.grant)
             self._costs.settled(outcome)
             self._changed.notify_all()
         self._say(outcome)
@@ -305,15 +328,15 @@ class Capture:
             replicas = self.memory.compare(jobs, step) if grant.compare else {}
             snapshot = SnapshotId(self._epoch, step)
             capture = Running(self._settle, snapshot, slot, jobs, grant, objects, replicas)
-            lazy = jobs.lazy if self._options.capture == "lazy" else jobs.lazy[:0]
-            eager = np.concatenate([jobs.eager, np.setdiff1d(jobs.windowed, lazy, assume_unique=True)])
-            jobs.copy(eager, slot.map(), capture.crcs, self._threads)
-            self._costs.copied(int(jobs.catalog.raw[eager].sum()))
+            lazy = jobs.lazy(self._options.capture)
+            lazy_bytes = int(jobs.catalog.raw[lazy].sum())
             if len(lazy):
-                self._costs.lazily(grant.grant, int(jobs.catalog.raw[lazy].sum()))
-                self._window = Window(capture, lazy, self._audits(), self._threads)
-            else:
-                capture.complete()
+                self._costs.lazily(grant.grant, lazy_bytes)
+            before = self._closed_windows[-1] if self._closed_windows else None
+            window = Window(capture, lazy, bool(len(lazy)) and self._audits(), self._threads, before)
+            if window.begin(self._writers):
+                self._window = window
+            self._costs.copied(int(jobs.catalog.raw[jobs.rows].sum()) - lazy_bytes)
         except Exception:  # whatever it is, training goes on
             log.exception("step %d is not captured", step)
             self._settle(m.Missed(grant.grant, "failed"))
@@ -364,7 +387,7 @@ class Capture:
     def _granted(self, message: m.Grant) -> None:
         with self._lock:
             known = self._outcomes.get(message.grant)
-            if self._capturing == message.grant:
+            if message.grant in self._capturing:
                 return  # its outcome will be said
             self._grants[message.grant] = message
             self._granted_last = max(self._granted_last, message.grant)
@@ -377,7 +400,7 @@ class Capture:
 
     def _revoked(self, grant: int) -> None:
         """The daemon takes a grant back. What is being copied under it goes on, and is settled when it ends."""
-        if self._capturing == grant:
+        if grant in self._capturing:
             return
         known = self._outcomes.get(grant)
         if known is not None:

@@ -1,8 +1,9 @@
 """Copying a rank's chunks from its tensors into a slot, checksums on the way.
 
 Owns the jobs: per chunk an address in a source tensor, strides, and an offset in the slot, prepared once and made anew
-when tensors are replaced. Chunks at one place (tied keys) are copied once. CPU tensors are copied natively
-without the GIL; tensors on devices through torch, synchronously.
+when tensors are replaced. Chunks at one place (tied keys) are copied once. `copy` and `checksum` are synchronous: CPU
+tensors natively without the GIL, tensors on devices through torch. Captures copy from CUDA devices by transfer.py, to
+which `columns` says what to copy.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from ckptd.core.box import Box, contiguous_strides
 from ckptd.core.catalog import Catalog
 from ckptd.core.native import address_of, copy_boxes
 from ckptd.core.types import itemsize
+from ckptd.trainer.device import HOST, devices_of
 from ckptd.trainer.state_tensors import Source
 
-Rows = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int64]
+Rows = Ints
+Column = npt.NDArray[np.uint64]
 
 WITNESS_BYTES = 64
 """Of each chunk: looked at before and after a lazy copy, since a write through `.data` changes no version."""
@@ -75,7 +79,7 @@ class CopyJobs:
         self.sources = sources
         self._tensors: list[torch.Tensor] = []
         self._address = np.zeros(count, np.uint64)
-        self._on_device = np.zeros(count, np.bool_)
+        self._device = np.full(count, HOST, np.int64)
         self.refresh()
 
     def refresh(self, sources: Sequence[Source] | None = None) -> bool:
@@ -91,10 +95,14 @@ class CopyJobs:
         self._tensors = tensors
         if len(self._source):
             pointers = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
-            device = np.array([not tensor.is_cpu for tensor in tensors], np.bool_)
             self._address = (pointers[self._source] + self._inside).astype(np.uint64)
-            self._on_device = device[self._source]
+            self._device = np.array(devices_of(tensors), np.int64)[self._source]
         return True
+
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """What these jobs read from at present."""
+        return self._tensors
 
     def _place(self, row: int, box: Box, index: int, source: Source) -> None:
         local = box.shifted([-o for o in source.box.offsets])
@@ -110,17 +118,38 @@ class CopyJobs:
     def copy(self, rows: Rows, target: int, crcs: npt.NDArray[np.uint32], threads: int) -> None:
         """Copies the chunks of `rows` to the slot's data at address `target` and notes their checksums in `crcs`."""
         addresses = (target + self.catalog.file_offset[rows]).astype(np.uint64)
-        device = self._on_device[rows]
+        device = self._device[rows] != HOST
         for row, address in zip(rows[device].tolist(), addresses[device].tolist(), strict=True):
             self._copy_from_device(row, address)
         sources = self._address[rows]
         sources[device] = addresses[device]
-        self._run(rows, self.catalog.sizes[rows], sources, addresses, crcs, threads)
+        strides = np.where(device[:, None], self._packed[rows], self._strides[rows])
+        targets = np.where(device, np.uint64(0), addresses)
+        self._run(rows, self.catalog.sizes[rows], sources, strides, targets, crcs, threads)
 
-    @property
-    def lazy(self) -> Rows:
-        """The rows that may be copied in the window: those of `windowed` in memory that the CPU can read."""
-        return self.windowed[~self._on_device[self.windowed]]
+    def lazy(self, capture: str) -> Rows:
+        """The rows of `windowed` that are copied in the window: those on CUDA devices unless the option `capture` is
+        "eager", those in main memory if it is "lazy"."""
+        device = self._device[self.windowed]
+        lazy: Rows = self.windowed[((device >= 0) & (capture != "eager")) | ((device == HOST) & (capture == "lazy"))]
+        return lazy
+
+    def on_cuda(self, rows: Rows) -> dict[int, Rows]:
+        """Those of `rows` that are on CUDA devices, by device."""
+        devices = self._device[rows]
+        return {int(device): rows[devices == device] for device in np.unique(devices[devices >= 0])}
+
+    def columns(self, rows: Rows, target: int) -> tuple[Column, Column, Ints, Ints, Ints]:
+        """Source addresses, addresses in the slot at `target`, sizes, strides of the sources, bytes of elements."""
+        addresses = (target + self.catalog.file_offset[rows]).astype(np.uint64)
+        sizes = self.catalog.sizes[rows]
+        return self._address[rows], addresses, sizes, self._strides[rows], self._items[rows]
+
+    def checksum_copies(self, rows: Rows, target: int, crcs: npt.NDArray[np.uint32], threads: int) -> None:
+        """The checksums of what is in the slot at `target`, wherever it came from."""
+        addresses = (target + self.catalog.file_offset[rows]).astype(np.uint64)
+        nowhere = np.zeros(len(rows), np.uint64)
+        self._run(rows, self.catalog.sizes[rows], addresses, self._packed[rows], nowhere, crcs, threads)
 
     def copy_eagerly(self, keys: Collection[str]) -> None:
         """From now on the chunks of these tensors are copied at the boundary: somebody writes to them in the window."""
@@ -131,30 +160,26 @@ class CopyJobs:
 
     def checksum(self, rows: Rows, crcs: npt.NDArray[np.uint32], threads: int) -> None:
         """Only the checksums of the sources."""
-        device = self._on_device[rows]
+        device = self._device[rows] != HOST
         staging = bytearray(int(self.catalog.raw[rows[device]].max(initial=0)))
         for row in rows[device]:
             self._copy_from_device(int(row), address_of(staging))
-            self._read(row[None], np.array([address_of(staging)], np.uint64), crcs, threads)
-        self._read(rows[~device], self._address[rows[~device]], crcs, threads)
-
-    def _read(self, rows: Rows, sources: npt.NDArray[np.uint64], crcs: npt.NDArray[np.uint32], threads: int) -> None:
-        self._run(rows, self.catalog.sizes[rows], sources, np.zeros(len(rows), np.uint64), crcs, threads)
+            self.checksum_copies(row[None], address_of(staging) - int(self.catalog.file_offset[row]), crcs, threads)
+        near = rows[~device]
+        nowhere = np.zeros(len(near), np.uint64)
+        self._run(near, self.catalog.sizes[near], self._address[near], self._strides[near], nowhere, crcs, threads)
 
     def _run(
         self,
         rows: Rows,
-        sizes: npt.NDArray[np.int64],
-        sources: npt.NDArray[np.uint64],
-        targets: npt.NDArray[np.uint64],
+        sizes: Ints,
+        sources: Column,
+        strides: Ints,
+        targets: Column,
         crcs: npt.NDArray[np.uint32],
         threads: int,
     ) -> None:
         found = np.zeros(len(rows), np.uint32)
-        strides = self._strides[rows]
-        copied = self._on_device[rows]
-        strides[copied] = self._packed[rows][copied]
-        targets = np.where(copied, np.uint64(0), targets)
         copy_boxes(
             sources,
             targets,
@@ -176,24 +201,32 @@ class CopyJobs:
     def witness(self, rows: Rows) -> Witness:
         """What changes with most writes to the tensors behind `rows` that an audit would find; of tensors on devices
         no bytes are looked at."""
-        near = rows[~self._on_device[rows]]
+        near = rows[self._device[rows] == HOST]
         sizes = np.ones_like(self.catalog.sizes[near])
         each, inner = np.arange(len(near)), self._innermost[near]
         most = np.maximum(WITNESS_BYTES // self._items[near], 1)
         sizes[each, inner] = np.minimum(self.catalog.sizes[near, inner], most)
         begins = np.zeros(len(self.catalog), np.uint32)
-        self._run(near, sizes, self._address[near], np.zeros(len(near), np.uint64), begins, 1)
+        nowhere = np.zeros(len(near), np.uint64)
+        self._run(near, sizes, self._address[near], self._strides[near], nowhere, begins, 1)
         tensors = {i: (_version(self._tensors[i]), self._tensors[i].data_ptr()) for i in np.unique(self._source[rows])}
         return Witness(tensors, begins)
 
     def written(
-        self, rows: Rows, before: Witness, expected: npt.NDArray[np.uint32] | None, found: npt.NDArray[np.uint32]
+        self,
+        rows: Rows,
+        before: Witness | None,
+        expected: npt.NDArray[np.uint32] | None,
+        found: npt.NDArray[np.uint32],
     ) -> list[str]:
         """Keys of the tensors behind `rows` that were written since `before`, or whose copy has another checksum than
         was `expected`."""
-        now = self.witness(rows)
-        differing = {i for i, seen in now.tensors.items() if seen != before.tensors[i]}
-        changed = now.begins[rows] != before.begins[rows]
+        differing: set[int] = set()
+        changed = np.zeros(len(rows), np.bool_)
+        if before is not None:
+            now = self.witness(rows)
+            differing.update(i for i, seen in now.tensors.items() if seen != before.tensors[i])
+            changed |= now.begins[rows] != before.begins[rows]
         if expected is not None:
             changed |= expected[rows] != found[rows]
         differing.update(self._source[rows[changed]].tolist())

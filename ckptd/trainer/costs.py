@@ -57,9 +57,8 @@ class Statistics(msgspec.Struct):
 
 
 class _Window(NamedTuple):
-    """A copy beside a step: for a grant, of so many bytes."""
+    """A copy beside a step, of so many bytes."""
 
-    grant: int
     size: int
     began: float
 
@@ -77,7 +76,7 @@ class Costs:
         self._at_boundary = False
         self._helpers_cpu_s = helpers_cpu_s()
         self._estimates = Estimates()
-        self._window: _Window | None = None
+        self._windows: dict[int, _Window] = {}
 
     def statistics(self) -> Statistics:
         """As of now."""
@@ -158,15 +157,14 @@ class Costs:
 
     def lazily(self, grant: int, size: int) -> None:
         """The rest of the capture for `grant` begins to be copied beside the next step."""
-        self._window = _Window(grant, size, time.perf_counter())
+        self._windows[grant] = _Window(size, time.perf_counter())
 
     # --- whoever ends a capture, one at a time
 
     def settled(self, outcome: m.Captured | m.Missed) -> None:
         """A grant has its outcome. Where it was copied in a window, the caller is the thread that has done so."""
-        counted, window = self._counted, self._window
-        if window is not None and window.grant == outcome.grant:
-            self._window = None
+        counted, window = self._counted, self._windows.pop(outcome.grant, None)
+        if window is not None:
             self._window_cpu_s += time.thread_time()
             counted.bytes_lazy += window.size if isinstance(outcome, m.Captured) else 0
             self.trace.span("window", window.began, time.perf_counter(), bytes=window.size)

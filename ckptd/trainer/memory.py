@@ -33,6 +33,7 @@ from ckptd.plan.share import with_aliases
 from ckptd.protocol import messages as m
 from ckptd.tiers.arena import Geometry, Slot, layout
 from ckptd.trainer.copying import CopyJobs
+from ckptd.trainer.device import HOST, devices_of, pin, unpin
 from ckptd.trainer.frozen import Frozen
 from ckptd.trainer.saving import pieces_of
 from ckptd.trainer.state import AppState
@@ -57,7 +58,8 @@ class Holdings(msgspec.Struct, frozen=True):
 
 
 class Layout(NamedTuple):
-    """What slots hold at present: what it was planned from, where each chunk goes, what other ranks hold too."""
+    """What slots hold at present: what it was planned from, where each chunk goes, what other ranks hold too; `device`:
+    a CUDA device that copies into them, if any."""
 
     generation: int
     pieces: list[Piece]
@@ -68,6 +70,7 @@ class Layout(NamedTuple):
     common: dict[replicas.Holders, list[Piece]]
     geometry: Geometry
     table: bytes
+    device: int | None
 
 
 class _Surveyed(NamedTuple):
@@ -173,12 +176,13 @@ class SnapshotMemory:
         if self._jobs is not None:
             self._jobs.copy_eagerly(self._written)
 
-    def release(self) -> None:
-        """Lets go of slots of older layouts; nothing is being captured."""
+    def release(self, in_use: Collection[Slot]) -> None:
+        """Lets go of slots of older layouts, but for those that are being captured into."""
         with self._lock:
-            retired, self._retired = self._retired, []
+            retired = [slot for slot in self._retired if slot not in in_use]
+            self._retired = [slot for slot in self._retired if slot in in_use]
         for slot in retired:
-            slot.close()
+            _let_go(slot)
 
     def close(self) -> None:
         """Lets go of all slots, once the one in the making is made: the end of the interpreter must not meet it."""
@@ -186,10 +190,12 @@ class SnapshotMemory:
         if self._maker is not None:
             self._maker.join()
         with self._lock:
-            held = [*self._slots.values(), *self._retired, *([self._region] if self._region is not None else [])]
-            self._slots, self._retired, self._region = {}, [], None
+            held = [*self._slots.values(), *self._retired]
+            region, self._slots, self._retired, self._region = self._region, {}, [], None
         for slot in held:
-            slot.close()
+            _let_go(slot)
+        if region is not None:
+            region.close()
 
     # --- the session's thread
 
@@ -210,9 +216,19 @@ class SnapshotMemory:
         catalog = with_aliases(catalog, aliases)
         identity = "" if frozen is None else frozen.identity
         geometry, table = layout(self._rank, catalog, self._objects_room, identity)
+        device = max(devices_of([source.tensor for source in surveyed.sources]), default=HOST)
         with self._lock:
             self._layout = Layout(
-                generation, surveyed.pieces, aliases, catalog, surveyed.frozen_keys, frozen, common, geometry, table
+                generation,
+                surveyed.pieces,
+                aliases,
+                catalog,
+                surveyed.frozen_keys,
+                frozen,
+                common,
+                geometry,
+                table,
+                device if device >= 0 else None,
             )
             self._jobs = self._comparing = None
         self._say(m.Layout(generation, geometry.digest, geometry.size, 0 if frozen is None else frozen.size), None)
@@ -281,11 +297,11 @@ class SnapshotMemory:
                     slot = Slot.open(*descriptors[each * index : each * (index + 1)])
                     slot.mend(made.table)  # what damaged a snapshot in memory must not damage the next one there
                     self._hold_region(made, slot.region)
-                    self._ready(number, slot, fresh=False)
+                    self._ready(made, number, slot, fresh=False)
                 for number in message.create:
                     if number not in self._slots and not self._closed:
                         self._hold_region(made, None)
-                        self._ready(number, Slot.create(made.geometry, made.table, self._region), fresh=True)
+                        self._ready(made, number, Slot.create(made.geometry, made.table, self._region), fresh=True)
         except (CkptdError, OSError, ValueError) as error:
             self._fail(error if isinstance(error, CkptdError) else DaemonError(f"snapshot memory: {error}"))
 
@@ -300,17 +316,25 @@ class SnapshotMemory:
         if made.frozen is not None:
             self._region = made.frozen.region(None if old is None else old.duplicate())
 
-    def _ready(self, number: int, slot: Slot, fresh: bool) -> None:
+    def _ready(self, made: Layout, number: int, slot: Slot, fresh: bool) -> None:
         if number in self._slots:
             slot.close()
         else:
-            slot.map()
+            address = slot.map()
+            if made.device is not None:
+                pin(made.device, address, slot.geometry.size - slot.geometry.data_offset)
             with self._lock:
                 if self._closed:
-                    slot.close()
+                    _let_go(slot)
                     return
                 self._slots[number] = slot
         self._say(m.Ready(number), [os.dup(descriptor) for descriptor in slot.descriptors] if fresh else None)
+
+
+def _let_go(slot: Slot) -> None:
+    """Of a slot that is mapped."""
+    unpin(slot.map())
+    slot.close()
 
 
 def _read_holdings(descriptor: int) -> list[Holdings]:
