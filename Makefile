@@ -1,4 +1,5 @@
-# Verbs: demo, test, simulate, lint, sanitize, bench, clean. Each prepares the virtual environment first; that is slow only once.
+# Verbs: demo, test, simulate, lint, sanitize, bench, goodput, clean. Each prepares the virtual environment first; that
+# is slow only once.
 
 PYTHON ?= python3
 # On a machine that should not fetch the CUDA build:  make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 NATIVE := $(wildcard CMakeLists.txt csrc/*)
 FORMATTED := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.c csrc/*.h)
 
-.PHONY: demo test simulate lint sanitize bench clean install
+.PHONY: demo test simulate lint sanitize bench goodput clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -49,8 +50,13 @@ $(SANITIZED)/installed: pyproject.toml $(NATIVE)
 		-C cmake.define.CKPTD_SANITIZE=address,undefined --editable .
 	@touch $@
 
+# Throughput with and without each way of saving; peers get environments of their own under bench-results.
 bench: install
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
+
+# The same training under one schedule of SIGKILLs.
+goodput: install
+	$(BIN)/python -m benchmarks.goodput $(GOODPUT_FLAGS)
 
 install: $(VENV)/installed
 

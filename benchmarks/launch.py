@@ -34,6 +34,7 @@ MARK = "CKPTD_BENCHMARK"
 ROOT = Path(__file__).resolve().parent.parent
 COMPANION_S = 60.0
 SHARED_MEMORY = Path("/dev/shm")
+CLEANERS = ("resource_tracker", "torch_shm_manager")
 
 
 class TrialError(Exception):
@@ -117,7 +118,7 @@ class Place:
             time.sleep(0.05)
         self.kill()
         for name in set(os.listdir(SHARED_MEMORY)) - self._shared:
-            if self.mark in name or name.startswith("torch_"):
+            if self.mark in name or _is_orphan(name):
                 with contextlib.suppress(OSError):
                     (SHARED_MEMORY / name).unlink()
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -147,6 +148,25 @@ class Place:
                 environment = process.environ()
                 if process.status() != psutil.STATUS_ZOMBIE and variables.items() <= environment.items():
                     yield process
+
+
+def end_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to a rank and to its helpers, but not to those that clean up behind them, nor to daemons, which have left
+    it. What a launcher does when a job has failed."""
+    with contextlib.suppress(psutil.Error):
+        for helper in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if not any(name in " ".join(helper.cmdline()) for name in CLEANERS):
+                    helper.kill()
+    process.kill()
+    process.wait()
+
+
+def _is_orphan(name: str) -> bool:
+    """Whether it is a file by which torch shares memory, of a process that is gone: torch_<process id>_..."""
+    kind, _, rest = name.partition("_")
+    pid = rest.partition("_")[0]
+    return kind == "torch" and pid.isdigit() and not psutil.pid_exists(int(pid))
 
 
 def free_port() -> int:
