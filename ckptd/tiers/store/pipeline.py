@@ -1,6 +1,7 @@
 """Encoding chunks on several threads, in order, in bounded memory.
 
 Rows are read and encoded in batches of up to one chunk's bytes, so that small chunks cost no thread hand-over each.
+What is encoded next is read meanwhile, by threads that do nothing else.
 Memory: `threads` + 2 buffers of one batch, and what they compress to. Does no I/O of its own.
 """
 
@@ -47,15 +48,21 @@ def encoded_rows(
     Closing it, early or not, waits for its threads.
     """
 
-    def encode(batch: list[int], buffer: memoryview) -> list[EncodedRow]:
-        encoded, position = [], 0
+    def filled(batch: list[int], buffer: memoryview) -> list[tuple[int, memoryview]]:
+        found, position = [], 0
         for row in batch:
             if cancelled():
                 break
             raw = buffer[position : position + int(catalog.raw[row])]
             position += raw.nbytes
-            encoded.append(_encode(catalog, row, raw, read))
-        return encoded
+            read(row, raw)
+            _check(catalog, row, raw)
+            found.append((row, raw))
+        return found
+
+    def encode(reading: Future[list[tuple[int, memoryview]]]) -> list[EncodedRow]:
+        dtypes = catalog.tensors
+        return [EncodedRow(row, *encode_chunk(raw, dtypes[catalog.tensor[row]].dtype)) for row, raw in reading.result()]
 
     def passing(encoded: list[EncodedRow]) -> Iterator[EncodedRow]:
         for row in encoded:
@@ -65,7 +72,8 @@ def encoded_rows(
 
     free = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(threads + 2)]
     pending: deque[tuple[Future[list[EncodedRow]], memoryview]] = deque()
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="ckptd-encode")
+    readers = ThreadPoolExecutor(len(free), thread_name_prefix="ckptd-read")
+    encoders = ThreadPoolExecutor(threads, thread_name_prefix="ckptd-encode")
     try:
         for batch in _batches(catalog, rows):
             if not free:
@@ -75,11 +83,13 @@ def encoded_rows(
             if cancelled():
                 return
             buffer = free.pop()
-            pending.append((executor.submit(encode, batch, buffer), buffer))
+            pending.append((encoders.submit(encode, readers.submit(filled, batch, buffer)), buffer))
         for future, _ in pending:
             yield from passing(future.result())
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        encoders.shutdown(wait=False, cancel_futures=True)
+        readers.shutdown(wait=True)  # not cancelled: an encoder may wait for what is read
+        encoders.shutdown(wait=True)
 
 
 def _batches(catalog: Catalog, rows: Sequence[int]) -> Iterator[list[int]]:
@@ -98,15 +108,13 @@ def _batches(catalog: Catalog, rows: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def _encode(catalog: Catalog, row: int, raw: memoryview, read: Read) -> EncodedRow:
-    read(row, raw)
+def _check(catalog: Catalog, row: int, raw: memoryview) -> None:
     found, expected = native.crc32c(raw), int(catalog.crc[row])
     if found != expected:
         raise CorruptionError(
             f"{_name(catalog, row)}: captured with CRC32C {expected:08x}, read back with {found:08x}; "
             "the snapshot in memory was damaged"
         )
-    return EncodedRow(row, *encode_chunk(raw, catalog.tensors[catalog.tensor[row]].dtype))
 
 
 def _name(catalog: Catalog, row: int) -> str:
