@@ -158,6 +158,7 @@ class Filling:
         self.rows, first = np.unique(self._parts.row, return_index=True)
         self._first = np.append(first, len(self._parts.row))
         self._local = threading.local()
+        self._for_cuda = any(target.tensor.is_cuda for target in targets)
 
     def read(self, reader: RunReader, run: Sequence[int]) -> None:
         """Reads a run into its targets."""
@@ -206,10 +207,10 @@ class Filling:
         return self._first[index], np.where(found, self._first[index + 1] - self._first[index], 0)
 
     def _staging(self, size: int) -> torch.Tensor:
-        """This thread's buffer."""
+        """This thread's buffer; pinned where a CUDA device will read from it, which is then one direct copy."""
         buffer: torch.Tensor | None = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < size:
-            buffer = self._local.buffer = torch.empty(size, dtype=torch.uint8)
+            buffer = self._local.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._for_cuda)
         return buffer
 
 
