@@ -61,6 +61,8 @@ class Run:
 
     def follow(self, seconds: float) -> None:
         """Until the job has stopped by itself; told to after `seconds`. TrialError where it fails without a kill."""
+        for node in range(self._nodes):
+            self._place.start_companion(**self._node(node))
         self._started = time.monotonic()
         self._start()
         told = False
@@ -102,7 +104,9 @@ class Run:
         for rank in range(self._ranks):
             local = self._ranks // self._nodes
             variables: dict[str, object] = {"RANK": rank, "WORLD_SIZE": self._ranks, "MASTER_PORT": port}
-            variables |= {"LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local, **self._node(self._node_of(rank))}
+            variables |= {"LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
+            variables |= {"GROUP_RANK": self._node_of(rank), "GROUP_WORLD_SIZE": self._nodes}
+            variables |= self._node(self._node_of(rank))
             process = self._place.start("benchmarks.goodput_worker", argument, **variables)
             self._processes.append(process)
             assert process.stdout is not None
@@ -120,8 +124,7 @@ class Run:
 
     def _read(self, incarnation: int, rank: int, output: IO[str]) -> None:
         for line in output:
-            if line.startswith('{"'):
-                self._printed.put((incarnation, rank, json.loads(line)))
+            self._printed.put((incarnation, rank, json.loads(line)))
         self._printed.put((incarnation, rank, None))
 
     def _kill(self, kill: Kill) -> None:
@@ -133,6 +136,7 @@ class Run:
             self._place.kill(CKPTD_NODE=str(lost["CKPTD_NODE"]))
             shutil.rmtree(str(lost["CKPTD_RUNTIME_DIR"]), ignore_errors=True)
             self._generations[node] += 1
+            self._place.start_companion(**self._node(node))
         self.end(first=kill.rank)
         self._take_the_rest()
         self.events.append(killed)
@@ -207,7 +211,6 @@ def run_one(
     sizes = (options.state, options.batch, options.context, flush_every)
     run = Run(place, Job(name, str(directory), str(results), *sizes, **job), options.ranks, options.nodes, kills)
     try:
-        place.start_companion(options.ranks)
         run.follow(seconds)
         return Measured(run.events, results)
     finally:

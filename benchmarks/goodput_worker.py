@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.contender import make
+from benchmarks.worker import Parent
 from benchmarks.workload import Workload
 
 
@@ -35,16 +36,12 @@ class Job:
     write: tuple[int, ...] = ()
 
 
-def say(**line: int) -> None:
-    print(json.dumps(line), flush=True)
-
-
-def run(job: Job) -> None:
+def run(job: Job, parent: Parent) -> None:
     """Train until the end; all ranks end with the same step."""
     workload = Workload(job.state_bytes, job.batch, job.context)
     contender = make(job.contender, workload, Path(job.directory), job.flush_every)
     step = contender.resume()
-    say(resumed=step)
+    parent.say(resumed=step)
     stop = Path(job.results) / "stop"
     while not job.until or step < job.until:
         workload.step(step + 1, contender.before_update)
@@ -53,13 +50,13 @@ def run(job: Job) -> None:
         stopping = torch.tensor(int(workload.rank == 0 and stop.exists()))
         dist.all_reduce(stopping)  # the step ends for all together
         if workload.rank == 0:
-            say(step=step)
+            parent.say(step=step)
         if step in job.write:
             write(job, workload, step)
         if int(stopping):
             break
     write(job, workload, step)
-    say(stopped=step)
+    parent.say(stopped=step)
     sys.stdin.readline()  # to be killed here: leaving is not measured
 
 
@@ -72,8 +69,9 @@ def write(job: Job, workload: Workload, step: int) -> None:
 
 def main() -> None:
     arguments = json.loads(sys.argv[1])
+    parent = Parent()
     dist.init_process_group("gloo")
-    run(Job(**arguments | {"write": tuple(arguments["write"])}))
+    run(Job(**arguments | {"write": tuple(arguments["write"])}), parent)
 
 
 if __name__ == "__main__":

@@ -99,11 +99,11 @@ class Place:
                 start_new_session=True,
             )
 
-    def start_companion(self, ranks: int) -> None:
-        """What has to run beside the ranks and outlive them; TrialError unless it says that it is there."""
+    def start_companion(self, **variables: object) -> None:
+        """What has to run beside the ranks of a node and outlive them; TrialError unless it says that it is there."""
         if self.entry.companion is None:
             return
-        process = self.start(self.entry.companion, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
+        process = self.start(self.entry.companion, **variables)
         assert process.stdout is not None
         ready = threading.Thread(target=process.stdout.readline, daemon=True)
         ready.start()
@@ -181,7 +181,7 @@ def run_trial(trial: Trial, ranks: int, timeout_s: float, environment_root: Path
     place = Place(trial.contender, Path(trial.directory), environment_root)
     sampler = Sampler(MARK, place.mark)
     try:
-        place.start_companion(ranks)
+        place.start_companion()
         group = _Ranks(place, trial, ranks, time.monotonic() + timeout_s)
         peaks, cpu_s = {}, {}
         for name in PHASES:
@@ -219,8 +219,7 @@ class _Ranks:
 
     def _read(self, rank: int, output: IO[str]) -> None:
         for line in output:
-            if line.startswith('{"'):
-                self._lines.put((rank, json.loads(line)))
+            self._lines.put((rank, json.loads(line)))
         self._lines.put((rank, None))
 
     def wait_for(self, name: str) -> list[Any]:

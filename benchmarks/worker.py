@@ -114,10 +114,23 @@ class Loop:
         return time.perf_counter() - started
 
 
-def phase(name: str) -> None:
-    """Tell the parent that a phase has ended, and wait for its leave to go on."""
-    print(json.dumps({"phase": name}), flush=True)
-    sys.stdin.readline()
+class Parent:
+    """The lines to the process that has started this one. What else prints goes to standard error from now on: peers
+    do, and from several processes."""
+
+    def __init__(self) -> None:
+        self._lines = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(self, **line: Any) -> None:
+        """One JSON line."""
+        self._lines.write(json.dumps(line) + "\n")
+        self._lines.flush()
+
+    def phase(self, name: str) -> None:
+        """Tell it that a phase has ended, and wait for its leave to go on."""
+        self.say(phase=name)
+        sys.stdin.readline()
 
 
 def everywhere_durable(watcher: Watcher, step: int, deadline: float) -> bool:
@@ -154,7 +167,7 @@ def _cache(path: Path, cached: bool) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(trial: Trial, loop: Loop, workload: Workload, contender: Contender) -> dict[str, Any]:
+def measure(trial: Trial, parent: Parent, loop: Loop, workload: Workload, contender: Contender) -> dict[str, Any]:
     """Everything between the two calm stretches."""
     watcher = Watcher(contender)
     try:
@@ -165,10 +178,10 @@ def measure(trial: Trial, loop: Loop, workload: Workload, contender: Contender) 
             loop.train(contender, 1)
         loop.number += trial.flush_every - loop.number % trial.flush_every + trial.flush_every // 2 - 1
         loop.train(contender, 1)
-        phase("ready")
+        parent.phase("ready")
         first, kept = loop.number + 1, contender.kept()
         step_s = loop.train(contender, trial.steps)
-        phase("trained")
+        parent.phase("trained")
         kept = contender.kept() - kept
         contender.finish(loop.number)
         deadline = time.monotonic() + DURABLE_S
@@ -210,30 +223,30 @@ def measure_loads(workload: Workload, contender: Contender) -> dict[str, Any]:
     return found
 
 
-def run(trial: Trial) -> dict[str, Any]:
+def run(trial: Trial, parent: Parent) -> dict[str, Any]:
     """The whole trial on this rank."""
     workload = Workload(trial.state_bytes, trial.batch, trial.context)
     loop = Loop(workload)
     loop.calm(2)
-    phase("warm")
+    parent.phase("warm")
     calm_s = loop.calm(trial.calm_steps)
-    phase("calm")
+    parent.phase("calm")
     contender = make(trial.contender, workload, Path(trial.directory), trial.flush_every)
     contender.resume()
-    found = measure(trial, loop, workload, contender)
+    found = measure(trial, parent, loop, workload, contender)
     contender.close()
     loop.calm(1)
-    phase("closed")
+    parent.phase("closed")
     calm_s += loop.calm(trial.calm_steps)
-    phase("calm again")
+    parent.phase("calm again")
     return {**found, "calm_step_s": statistics.fmean(calm_s), "local_bytes": workload.local_bytes()}
 
 
 def main() -> None:
     trial = Trial(**json.loads(sys.argv[1]))
+    parent = Parent()
     dist.init_process_group("gloo")
-    result = run(trial)
-    print(json.dumps({"result": result}), flush=True)
+    parent.say(result=run(trial, parent))
     dist.destroy_process_group()
 
 

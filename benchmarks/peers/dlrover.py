@@ -34,7 +34,7 @@ class FlashCheckpoint(Contender):
         self._directory.mkdir(exist_ok=True)
         self._checkpointer = DdpCheckpointer(
             str(self._directory),
-            local_shard_num=workload.ranks,
+            local_shard_num=int(os.environ["LOCAL_WORLD_SIZE"]),
             global_shard_num=workload.ranks,
             deletion_strategy=KeepLatestStepStrategy(2, str(self._directory)),
         )

@@ -11,8 +11,8 @@ import threading
 
 
 def settle() -> None:
-    """Sockets and shared memory under names of this trial alone. Before anything of DLRover is made."""
-    os.environ["TORCHELASTIC_RUN_ID"] = os.environ["CKPTD_BENCHMARK"]
+    """Sockets and shared memory under names of this trial and node alone. Before anything of DLRover is made."""
+    os.environ["TORCHELASTIC_RUN_ID"] = os.environ["CKPTD_BENCHMARK"] + os.environ.get("CKPTD_NODE", "")
     from dlrover.python.common import multi_process
 
     multi_process.SOCKET_TMP_DIR = os.environ["CKPTD_RUNTIME_DIR"]
