@@ -136,10 +136,12 @@ class Run:
             self._place.kill(CKPTD_NODE=str(lost["CKPTD_NODE"]))
             shutil.rmtree(str(lost["CKPTD_RUNTIME_DIR"]), ignore_errors=True)
             self._generations[node] += 1
-            self._place.start_companion(**self._node(node))
         self.end(first=kill.rank)
         self._take_the_rest()
         self.events.append(killed)
+        self._place.announce_restart()
+        if kill.node:
+            self._place.start_companion(**self._node(self._node_of(kill.rank)))
         self._start()
 
     def _take_the_rest(self) -> None:

@@ -67,6 +67,7 @@ class Place:
                 raise TrialError(f"its environment could not be made: {error}") from None
         directory.mkdir(parents=True)
         self.runtime = tempfile.mkdtemp(prefix="ckptd-bench-")  # short: a socket's path has at most 107 bytes
+        self._companions: list[subprocess.Popen[str]] = []
         self._shared = set(os.listdir(SHARED_MEMORY))
         self.variables = {
             **os.environ,
@@ -103,13 +104,25 @@ class Place:
         """What has to run beside the ranks of a node and outlive them; TrialError unless it says that it is there."""
         if self.entry.companion is None:
             return
-        process = self.start(self.entry.companion, **variables)
+        self._companions.append(self.start(self.entry.companion, **variables))
+        self._await_answer(self._companions[-1])
+
+    def announce_restart(self) -> None:
+        """Tell those that still run that the ranks have ended and will be started anew."""
+        self._companions = [process for process in self._companions if process.poll() is None]
+        for process in self._companions:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            self._await_answer(process)
+
+    def _await_answer(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
-        ready = threading.Thread(target=process.stdout.readline, daemon=True)
-        ready.start()
-        ready.join(COMPANION_S)
-        if ready.is_alive() or process.poll() is not None:
-            raise TrialError(f"{self.entry.companion} does not run\n{self.tail()}")
+        answer = threading.Thread(target=process.stdout.readline, daemon=True)
+        answer.start()
+        answer.join(COMPANION_S)
+        if answer.is_alive() or process.poll() is not None:
+            raise TrialError(f"{self.entry.companion} does not answer\n{self.tail()}")
 
     def clear(self) -> None:
         """Let what has finished leave by itself, then end by process id what is left; files and shared memory go."""

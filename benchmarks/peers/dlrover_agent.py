@@ -1,13 +1,13 @@
 """The part of DLRover's agent that Flash Checkpoint needs: what keeps the shared memory and writes it to disk.
 
-`dlrover-run` starts the same in its agent; without master and scheduler this is all that is left of it. Says one line
-when it is ready and runs until it is killed.
+`dlrover-run` starts the same in its agent; without master and scheduler this is all that is left of it. Prints a line
+when it is ready, and one for each line it reads, which tells it that the ranks are about to be started anew.
 """
 
 from __future__ import annotations
 
 import os
-import threading
+import sys
 
 
 def settle() -> None:
@@ -23,8 +23,10 @@ def main() -> None:
     from dlrover.python.elastic_agent.torch.ckpt_saver import AsyncCheckpointSaver
 
     AsyncCheckpointSaver.start_async_saving_ckpt()
-    print("{}", flush=True)
-    threading.Event().wait()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        AsyncCheckpointSaver.reset()  # dead ranks may hold locks
+        print("ready", flush=True)
 
 
 if __name__ == "__main__":
