@@ -33,7 +33,8 @@ WITNESS_BYTES = 64
 
 
 class Witness(NamedTuple):
-    """(version, address) of tensors, by their number, and a checksum of where each chunk begins."""
+    """(version, address) of tensors, by their number, and a checksum of where each chunk begins. A version counts
+    writes through torch; inference tensors have none."""
 
     tensors: dict[int, tuple[int, int]]
     begins: npt.NDArray[np.uint32]
@@ -209,7 +210,8 @@ class CopyJobs:
         begins = np.zeros(len(self.catalog), np.uint32)
         nowhere = np.zeros(len(near), np.uint64)
         self._run(near, sizes, self._address[near], self._strides[near], nowhere, begins, 1)
-        tensors = {i: (_version(self._tensors[i]), self._tensors[i].data_ptr()) for i in np.unique(self._source[rows])}
+        seen = ((i, self._tensors[i]) for i in np.unique(self._source[rows]).tolist())
+        tensors = {i: (0 if tensor.is_inference() else tensor._version, tensor.data_ptr()) for i, tensor in seen}
         return Witness(tensors, begins)
 
     def written(
@@ -241,11 +243,6 @@ class CopyJobs:
         box, tensor = self._boxes[row], self._tensors[self._source[row]]
         view = tensor[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))]
         _tensor_at(address, box.sizes, tensor.dtype).copy_(view)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """Counts writes through torch; inference tensors have no count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _contains(outer: Box, inner: Box) -> bool:
