@@ -26,12 +26,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.contender import CONTENDERS
 from benchmarks.launch import Outcome, TrialError, reason, run_trial
+from benchmarks.peers import environments
 from benchmarks.plot import bars
 from benchmarks.report import Row, markdown, row
 from benchmarks.worker import Trial
 from ckptd.core.config import parse_size
-
-ENVIRONMENTS = Path("bench-results") / "environments"
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -121,7 +120,7 @@ def run_one(results: Results, name: str, ranks: int, directory: Path, title: str
         flush_every=options.flush_every,
     )
     try:
-        outcome = run_trial(trial, ranks, options.timeout_s, ENVIRONMENTS)
+        outcome = run_trial(trial, ranks, options.timeout_s, environments.ROOT)
         results.outcomes.setdefault((name, ranks), []).append(outcome)
     except TrialError as error:
         results.failures[title] = reason(str(error))

@@ -29,11 +29,12 @@ from typing import IO, Any
 import torch
 from rich.console import Console
 
-from benchmarks.__main__ import ENVIRONMENTS, describe
+from benchmarks.__main__ import describe
 from benchmarks.contender import CONTENDERS
 from benchmarks.goodput_report import Event, Goodput, Kill, goodput, markdown, schedule
 from benchmarks.goodput_worker import Job
 from benchmarks.launch import Place, TrialError, end_tree, free_port, reason
+from benchmarks.peers import environments
 from benchmarks.plot import bars
 from ckptd.core.config import parse_size
 
@@ -208,7 +209,7 @@ def run_one(
     directory = scratch / re.sub("[^A-Za-z.]+", "-", name)
     results = scratch / f"{directory.name}-results"
     results.mkdir()
-    place = Place(name, directory, ENVIRONMENTS)
+    place = Place(name, directory, environments.ROOT)
     flush_every = options.periods.get(name, options.flush_every)
     sizes = (options.state, options.batch, options.context, flush_every)
     run = Run(place, Job(name, str(directory), str(results), *sizes, **job), options.ranks, options.nodes, kills)

@@ -2,6 +2,7 @@
 
 Torch comes first and by itself, and nothing after it may bring another: packages are installed with `--no-deps`, and
 what they need besides is named here. The repository root on PYTHONPATH is all that they see of this project.
+`python -m benchmarks.peers.environments` makes them all beforehand.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path("bench-results") / "environments"
 TORCH = "torch==2.13.0"
 DEPENDENCIES_OF_TORCH = ("numpy", "psutil")
 
@@ -50,7 +52,7 @@ class EnvironmentSetupError(Exception):
     """An environment that could not be made; the message says what the installer said."""
 
 
-def python(name: str, directory: Path) -> Path:
+def python(name: str, directory: Path = ROOT) -> Path:
     """The interpreter of an environment under `directory`; made if it is not there or was made of something else."""
     root = (directory / name).absolute()
     wanted = "\n".join((TORCH, *DEPENDENCIES_OF_TORCH, *ENVIRONMENTS[name]))
@@ -71,3 +73,18 @@ def _run(*command: str) -> None:
         raise EnvironmentSetupError(f"not done after 900 s: {' '.join(command)}") from None
     if done.returncode != 0:
         raise EnvironmentSetupError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
+
+
+def main() -> int:
+    failed = 0
+    for name in ENVIRONMENTS:
+        try:
+            print(python(name))
+        except EnvironmentSetupError as error:
+            failed += 1
+            print(f"{name}: {error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
