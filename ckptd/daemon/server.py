@@ -11,7 +11,6 @@ import asyncio
 import collections
 import contextlib
 import errno
-import functools
 import logging
 import os
 import resource
@@ -28,15 +27,16 @@ import msgspec
 
 from ckptd.core.config import node_name
 from ckptd.core.errors import CkptdError, FormatError
-from ckptd.core.types import Epoch, Job, SnapshotId
+from ckptd.core.types import Job, SnapshotId
 from ckptd.daemon.address import Address, address_of, listen, take_over
 from ckptd.daemon.arena import Arena, close_all
-from ckptd.daemon.flush import Stores, workers
+from ckptd.daemon.flush import Stores
 from ckptd.daemon.others import Others
 from ckptd.daemon.pieces import Pieces
 from ckptd.daemon.processes import Watch, identify
 from ckptd.daemon.protecting import slot_info
 from ckptd.daemon.wire import readable, receive, send
+from ckptd.daemon.writing import Writing
 from ckptd.observe.logging import to_stderr
 from ckptd.observe.trace import Trace
 from ckptd.protocol import messages as m
@@ -89,9 +89,7 @@ class Daemon:
         self._trace = Trace(f"daemon-{node_name()}")
         self._stores = Stores(address.job.name, trace=self._trace)
         self._tasks: set[asyncio.Future[None]] = set()
-        self._writing: dict[SnapshotId, SnapshotId] = {}
-        """Grant -> name of what is being made durable, or was."""
-        self._flushing = workers()
+        self._writing = Writing(self._machine, self._stores, self._slots, self._in_thread)
         self._prepared: dict[int, m.Prepare] = {}
         self._others: Others
         self._leaving: asyncio.Future[str]
@@ -252,12 +250,11 @@ class Daemon:
             case Drop():
                 self._arena.drop(action.slot)
             case WriteRecord():
-                work = functools.partial(self._stores.write_record, action)
-                self._in_thread(work, functools.partial(self._recorded, action))
+                self._writing.record(action)
             case cluster.Write() | cluster.Commit():
-                self._flush(action)
+                self._writing.flush(action)
             case cluster.Free():
-                self._freed(action)
+                self._writing.freed(action)
                 self._others.carry_out(action)
             case Exit():
                 if not self._leaving.done():
@@ -475,7 +472,7 @@ class Daemon:
             log.error("slot %d: its geometry was damaged and is written anew", number)
         return [_read_only(descriptor) for descriptor in slot.descriptors]
 
-    # --- the store, in threads
+    # --- threads
 
     def _in_thread(
         self, work: Callable[[], Any], done: Callable[[str | None], None], threads: Executor | None = None
@@ -497,57 +494,6 @@ class Daemon:
         task = asyncio.ensure_future(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _recorded(self, action: WriteRecord, error: str | None) -> None:
-        self._machine.recorded(action.peer, error, time.monotonic())
-        self._complain()
-
-    def _flush(self, action: cluster.Write | cluster.Commit) -> None:
-        flush, state = action.flush, self._machine.state
-        name = SnapshotId(flush.snapshot.epoch, flush.step)
-        membership, number = state.cluster.membership, state.cluster.number
-        assert membership is not None
-        assert number is not None
-        parts = len(membership.arenas)
-        work: Callable[[], object]
-        if isinstance(action, cluster.Commit):
-            work = functools.partial(self._stores.commit, name, flush.store, parts, flush.keep, membership.epoch)
-        else:
-            sealed = state.table.holding(flush.snapshot)
-            slots = [] if sealed is None else [self._slots[n].duplicate() for _, n in sorted(sealed.slots.items())]
-            log.info("writing %s to %s", name, flush.store)
-            self._writing[flush.snapshot] = name
-            work = functools.partial(self._stores.write, name, flush.store, slots, number, parts, membership.epoch)
-        self._in_thread(work, functools.partial(self._flushed, action, membership.epoch), self._flushing)
-
-    def _flushed(self, action: cluster.Write | cluster.Commit, epoch: Epoch, error: str | None) -> None:
-        flush, job = action.flush, self._machine.job
-        name = SnapshotId(flush.snapshot.epoch, flush.step)
-        self._complain()
-        if self._machine.state.epoch != epoch:
-            return
-        if error is not None:
-            log.error("flush of %s failed: %s", name, error)
-            job.flush_failed(flush.number, error)
-        elif isinstance(action, cluster.Write):
-            job.written(flush.number)
-        else:
-            log.info("%s is durable in %s", name, flush.store)
-            job.committed(flush.number)
-
-    def _freed(self, action: cluster.Free) -> None:
-        """Nothing reads it any more; what still writes it is given up."""
-        name = self._writing.pop(action.snapshot, None)
-        if name is not None:
-            self._stores.cancel(name)
-
-    def _complain(self) -> None:
-        """What the store would not do, although nothing is lost by it, is counted and shown."""
-        state = self._machine.state
-        for complaint in self._stores.complaints():
-            log.error("%s", complaint)
-            state.counters["store_errors"] = state.counters.get("store_errors", 0) + 1
-            state.last_error = complaint[: m.MAX_TEXT]
 
     # --- the end
 

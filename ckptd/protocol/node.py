@@ -1,10 +1,10 @@
 """The state machine of one node's daemon: its ranks, their slots, and what of them the job's nodes are told.
 
-Owns what concerns this node alone: connections, the ranks of the epoch, layouts and slots, the outcomes of grants, who
-waits for what. What all nodes of a job decide together - grants, seals, protection, flushes - is the member machine's
-(protocol/cluster), which lives in here; a job on one node is one of one member. Does no I/O and reads no clock.
-`NodeState` is the part that outlives the daemon (the server writes it into the arena before any action is carried
-out), `Member`s come back by their Hello. Decided elsewhere: which slots a rank gets (layouts.py), who waits for a flush
+Owns what concerns this node alone: connections, the ranks of the epoch, layouts and slots, who waits for what. What all
+nodes of a job decide together - grants, seals, protection, flushes - is the member machine's (protocol/cluster), which
+lives in here; a job on one node is one of one member. Does no I/O and reads no clock. `NodeState` is the part that
+outlives the daemon (the server writes it into the arena before any action is carried out), `Member`s come back by their
+Hello. Elsewhere: what becomes of grants (grants.py), which slots a rank gets (layouts.py), who waits for a flush
 (requests.py), when nobody has been here for too long (quiet.py).
 
 Invariants
@@ -28,10 +28,11 @@ from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.cluster.epoch import adopted
 from ckptd.protocol.cluster.member import MemberMachine
 from ckptd.protocol.cluster.standing import Outcome, Standing
+from ckptd.protocol.grants import Grants
 from ckptd.protocol.members import Member, complaint_of
 from ckptd.protocol.quiet import Quiet
 from ckptd.protocol.requests import Request, Requests
-from ckptd.protocol.slots import Granted, Sealed
+from ckptd.protocol.slots import Sealed
 from ckptd.protocol.state import NodeState, describe
 from ckptd.protocol.surveys import Surveys
 from ckptd.protocol.voice import Voice
@@ -47,6 +48,8 @@ class NodeMachine:
         self._surveys = Surveys(state, self._voice)
         self.job = MemberMachine(state.cluster, state.policy)
         """What the nodes of the job decide together."""
+        relayout = lambda: self._start_survey(self.state.generation + 1)  # noqa: E731
+        self._grants = Grants(state, self.job, self._voice, relayout)
         self._now_s = now_s
         self._requests = Requests()
         self._beginning: set[int] = set()
@@ -116,7 +119,7 @@ class NodeMachine:
                 if member.wants is not None and member.wants < message.step:
                     member.wants = None
             case m.Captured() | m.Missed():
-                self._outcome(rank, message)
+                self._grants.hear(rank, message)
             case m.Request():
                 member.boundary = max(member.boundary, message.step)
                 member.wants = message.step
@@ -290,7 +293,7 @@ class NodeMachine:
             slot = self.state.table.create(info.rank, info.digest, info.size, info.frozen_bytes)
             slot.ready, slots[info.rank] = True, slot.slot
         self.state.table.sealed.append(Sealed(holding.name, snapshot, slots))
-        self._count("rebuilt")
+        self.state.count("rebuilt")
         return list(slots.values())
 
     def _adopt_unheard(self, message: m.Hello) -> None:
@@ -318,63 +321,6 @@ class NodeMachine:
             elif not self.state.is_visible(rank):
                 self.state.table.writer_ended(self.state.instances[rank])
         self.members.clear()
-
-    # --- grants and their outcomes
-
-    def _issue(self, capture: cluster.Capture) -> None:
-        """Grants a snapshot to every rank of the node, if every rank has a free slot."""
-        state = self.state
-        assert state.epoch is not None
-        slots: dict[int, int] = {}
-        for rank in state.ranks:
-            vacant = state.table.vacant(rank, state.layouts[rank], state.instances[rank])
-            if not vacant:
-                self.job.missed(capture.snapshot)
-                return
-            slots[rank] = vacant[0]
-        number = capture.snapshot.step
-        granted = Granted(state.epoch, number, capture.step, slots, dict(state.instances), compare=capture.compare)
-        state.table.granted.append(granted)
-        for rank in slots:
-            self._voice.tell(rank, repeats.grant(granted, rank))
-
-    def _outcome(self, rank: int, message: m.Captured | m.Missed) -> None:
-        epoch = self.state.epoch
-        granted = None if epoch is None else self.state.table.find(epoch, message.grant)
-        if granted is None or granted.writers.get(rank) != self.state.instances[rank]:
-            return
-        if isinstance(message, m.Captured):
-            if granted.slots.get(rank) == message.slot:
-                self._captured(rank, granted, message)
-            return
-        first = rank not in granted.outcome and not granted.dead
-        self.state.table.answer(granted, rank, None)
-        if first:
-            self._count(f"missed_{message.reason}")
-            granted.late = message.reason == "late"
-            if message.reason == "layout":
-                self._start_survey(self.state.generation + 1)
-
-    def _captured(self, rank: int, granted: Granted, message: m.Captured) -> None:
-        """Where what ranks have in common turns out to differ, the layout is made anew: each keeps its own."""
-        if not self.state.table.answer(granted, rank, message.step, message.replicas):
-            self._differ()
-        self.job.used(granted.name, message.step)
-
-    def _differ(self) -> None:
-        self._count("replicas_differ")
-        self._start_survey(self.state.generation + 1)
-
-    def _kill(self, granted: Granted) -> None:
-        """NotSealed: tells the writers that have not answered, and the job."""
-        granted.dead = True
-        if granted.told:
-            return
-        granted.told = True
-        self._count("skipped")
-        self.job.missed(granted.name, granted.late)
-        for rank in granted.silent:
-            self._voice.tell(rank, m.Revoke(granted.grant))
 
     # --- requests
 
@@ -417,8 +363,8 @@ class NodeMachine:
         self._welcome()
         while True:
             if not self.state.frozen:
-                self._break()
-                self._seal()
+                self._grants.kill_unanswered()
+                self._grants.seal()
                 self._retire()
                 self._surveys.plan(self._available_bytes, self._limit)
                 self._satisfy()
@@ -436,11 +382,9 @@ class NodeMachine:
         """What the job has decided, as far as it is this node's to do."""
         match action:
             case cluster.Capture():
-                self._issue(action)
+                self._grants.issue(action)
             case cluster.Revoke():
-                granted = self.state.table.find(action.snapshot.epoch, action.snapshot.step)
-                if granted is not None:
-                    self._kill(granted)
+                self._grants.revoke(action)
             case cluster.Free(part="data"):
                 self.state.table.free(action.snapshot)
                 self._voice.do(action)
@@ -452,7 +396,7 @@ class NodeMachine:
                 if action.generation > self.state.generation:
                     self._start_survey(action.generation)
             case cluster.Differ():
-                self._differ()
+                self._grants.differ()
             case cluster.Gather():
                 self._surveys.gather(action)
             case cluster.Disband():
@@ -463,28 +407,15 @@ class NodeMachine:
             case _:
                 self._voice.do(action)
 
-    def _break(self) -> None:
-        """A rank that has left or is dead never answers: what it was to capture is NotSealed."""
-        for granted in self.state.table.granted:
-            if granted.dead or (granted.epoch == self.state.epoch and self.state.left.intersection(granted.silent)):
-                self._kill(granted)
-
-    def _seal(self) -> None:
-        """What every rank here has captured is sealed, as far as this node is concerned."""
-        for granted in list(self.state.table.seal()):
-            assert granted.step is not None
-            if not self.job.captured(granted.name, granted.step, granted.replicas):
-                self.state.table.free(granted.name)
-
     def _announce(self, action: cluster.Announce) -> None:
         """A level has been reached; the restore point's are known to those who restored it."""
         if action.snapshot.epoch != self.state.epoch:
             return
         if action.level is Level.SEALED:
-            self._count("sealed")
+            self.state.count("sealed")
             self.members.satisfied(action.step)
         elif self.state.parity:
-            self._count("protected")
+            self.state.count("protected")
         else:
             return
         self._voice.broadcast(m.Reached(action.step, action.level, action.snapshot.step))
@@ -492,7 +423,7 @@ class NodeMachine:
     def _flush_ended(self, outcome: Outcome) -> None:
         flush, error = outcome.flush, outcome.error
         own, current = flush.store == self.state.own_store, flush.snapshot.epoch == self.state.epoch
-        self._count("flushed" if error is None else "flush_errors")
+        self.state.count("flushed" if error is None else "flush_errors")
         if error is not None:
             self.state.last_error = error = error[: m.MAX_TEXT]
         if own and current:
@@ -523,8 +454,7 @@ class NodeMachine:
 
     def _start_survey(self, generation: int) -> None:
         """Nothing is captured by the old layout."""
-        for granted in self.state.table.granted:
-            self._kill(granted)
+        self._grants.kill_all()
         self._surveys.start(generation)
 
     def gathered(self, generation: int) -> None:
@@ -614,6 +544,3 @@ class NodeMachine:
             "interval": self.job.interval,
             "lingering_s": self._quiet.lasted_s(self._now_s),
         }
-
-    def _count(self, name: str) -> None:
-        self.state.counters[name] = self.state.counters.get(name, 0) + 1

@@ -61,6 +61,10 @@ class NodeState(msgspec.Struct):
         """The job's store."""
         return None if self.policy is None else self.policy.store
 
+    def count(self, name: str) -> None:
+        """One more of something that is counted for `ckptd status`."""
+        self.counters[name] = self.counters.get(name, 0) + 1
+
     def is_unheard_of(self, epoch: Epoch) -> bool:
         """An epoch whose ranks come although no Begin did: a daemon whose memory is lost heard it."""
         return self.promised is None or epoch > self.promised or (self.epoch is None and epoch == self.promised)

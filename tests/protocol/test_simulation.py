@@ -7,7 +7,7 @@ import pytest
 
 from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.cluster.state import ClusterState
-from ckptd.protocol.node import NodeMachine
+from ckptd.protocol.grants import Grants
 from ckptd.protocol.slots import Granted, SlotTable
 from ckptd.protocol.state import NodeState
 from tests.protocol import node
@@ -59,24 +59,24 @@ def breaks(needle: str) -> None:
 
 def test_freeing_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The newest sealed snapshot goes when the next one is granted."""
-    issue = NodeMachine._issue
+    issue = Grants.issue
 
-    def careless(self: NodeMachine, capture: cluster.Capture) -> None:
-        self.state.table.sealed.clear()
+    def careless(self: Grants, capture: cluster.Capture) -> None:
+        self._state.table.sealed.clear()
         issue(self, capture)
 
-    monkeypatch.setattr(NodeMachine, "_issue", careless)
+    monkeypatch.setattr(Grants, "issue", careless)
     breaks("announced sealed")
 
 
 def test_forgetting_the_restore_point_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only snapshots of the live epoch are kept."""
 
-    def forgetful(self: NodeMachine) -> None:
-        table = self.state.table
-        table.sealed = [sealed for sealed in table.sealed if sealed.snapshot.epoch == self.state.epoch]
+    def forgetful(self: Grants) -> None:
+        table = self._state.table
+        table.sealed = [sealed for sealed in table.sealed if sealed.snapshot.epoch == self._state.epoch]
 
-    monkeypatch.setattr(NodeMachine, "_break", forgetful)
+    monkeypatch.setattr(Grants, "kill_unanswered", forgetful)
     breaks("restore point is gone")
 
 
