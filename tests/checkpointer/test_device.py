@@ -424,8 +424,8 @@ def test_an_error_ends_the_training_in_the_window(
 def test_without_a_driver_pytorch_copies(
     home: Home, fake: Fake, platform: FakePlatform, snapshots: Snapshots, caplog: Any
 ) -> None:
-    """No driver to ask, as under ROCm: one warning, right bytes. That the copies of PyTorch come after what is queued is
-    its own affair: here the device has done everything before they are made."""
+    """No driver to ask, as under ROCm: one warning, right bytes. That the copies of PyTorch come after what is queued
+    is its own affair: here the device has done everything before they are made."""
     platform.library = "/no-such-driver.so"
     training = FakeTraining(fake, platform)
     fake.start()
