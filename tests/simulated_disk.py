@@ -141,6 +141,15 @@ class SimulatedDisk:
             lambda: self.directory(target[:-1]).change(self.node, (source[-1], None), (target[-1], self.file(source))),
         )
 
+    def link(self, source: Path, target: Path) -> None:
+        def link() -> None:
+            directory, file = self.directory(target[:-1]), self.file(source)
+            if target[-1] in directory.entries:
+                raise StoreError(f"{self.describe(target)}: link: File exists (EEXIST)")
+            directory.change(self.node, (target[-1], file))
+
+        self._do("link", target, link)
+
     def sync_directory(self, path: Path) -> None:
         directory = self.directory(path)
         try:

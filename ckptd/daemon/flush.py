@@ -26,9 +26,10 @@ from ckptd.core.types import Epoch, SnapshotId
 from ckptd.observe.trace import Trace
 from ckptd.plan.share import Read, known_alone, object_rows, tie_equal
 from ckptd.protocol.actions import WriteRecord
-from ckptd.tiers.arena import Slot, SnapshotReader
+from ckptd.tiers.arena import FROZEN_FILE, Slot, SnapshotReader
 from ckptd.tiers.store import Store, joint
 from ckptd.tiers.store.names import parse_checkpoint
+from ckptd.tiers.store.writer import Pace, Resting
 from ckptd.tiers.throttle import Throttle
 
 NICE = 19
@@ -77,6 +78,8 @@ class Stores:
         self._cancelled: set[SnapshotId] = set()
         self._recording = threading.Lock()
         self._throttle = Throttle()
+        self._resting: dict[str, Resting | None] = {}
+        """Of each store, what the newest checkpoint has that will be in the next one as well."""
 
     def limit(self, bandwidth: int | None) -> None:
         """All flushes together write at most so many bytes a second, from now on."""
@@ -137,12 +140,8 @@ class Stores:
             progress.total_bytes = sum(_stored_bytes(rows.catalog) for rows in (given.rows, given.own) if rows)
             spanning = self._trace.spanning("write", step=snapshot.step, bytes=progress.total_bytes)
             with self._attempt(store, snapshot, alone=parts == 1), spanning:
-                writer.write(
-                    given,
-                    threads=_workers(),
-                    cancelled=lambda: self._is_cancelled(snapshot),
-                    throttle=self._throttle,
-                )
+                pace = Pace(_workers(), lambda: self._is_cancelled(snapshot), self._throttle)
+                self._resting[store] = writer.write(given, pace, self._resting.get(store))
 
     def commit(
         self, snapshot: SnapshotId, store: str, parts: int, keep: int | None = None, epoch: Epoch | None = None
@@ -217,13 +216,14 @@ def _contribution(reader: SnapshotReader, counted: Callable[[Read], Read], *, al
     """What is stored of the ranks of one node. If it is `alone`, there is nothing to be compared with other nodes."""
     ranks = reader.ranks
     if alone:
-        rows = joint.Rows(reader.catalog(), counted(reader.read))
+        catalog = reader.catalog()
+        rows = joint.Rows(catalog, counted(reader.read), catalog.file == FROZEN_FILE)
         return joint.Contribution(ranks, rows, None, {ranks[0]: reader.objects()})
     every = reader.rows_of_ranks()
     generators, objects = known_alone(reader.objects_of_ranks())
     generator_rows, content = object_rows(generators, writer=ranks[-1] + 1)
     shared = Catalog.merge([every.select(every.rank == ALL_RANKS), generator_rows])
-    rows = joint.Rows(shared, counted(reader.reading(shared, content)))
+    rows = joint.Rows(shared, counted(reader.reading(shared, content)), shared.file == FROZEN_FILE)
     own = tie_equal(every.select(every.rank != ALL_RANKS))
     own_rows = joint.Rows(own, counted(reader.reading(own, b""))) if len(own) else None
     return joint.Contribution(ranks, rows, own_rows, objects)

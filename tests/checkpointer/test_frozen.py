@@ -127,3 +127,21 @@ def test_what_changes_after_all_is_captured(home: Home, how: str) -> None:
                             training.base.weight.fill_(step)
     assert checkpointer.statistics()["snapshots_sealed"] >= 2
     assert torch.equal(ckptd.open(home.store()).read("base/weight"), torch.full((512, 1024), 8.0))
+
+
+def test_written_to_the_store_once(home: Home) -> None:
+    """Each checkpoint is whole by itself; the frozen part of all of them is one file with several names."""
+    training = Adapted()
+    with ckptd.Checkpointer(training.state, home.store(), flush_every=None, keep=2) as checkpointer:
+        for step in checkpointer.steps(4):
+            if step > 1:
+                checkpointer.flush()
+            training.step()
+    assert home.checkpoints() == [3, 4]
+    large = [path for path in Path(home.store()).glob("step-*/data/*.ckd") if path.stat().st_size > FROZEN]
+    assert len(large) == 2
+    assert os.path.samefile(*large)
+    assert large[0].stat().st_nlink == 2
+    stored = ckptd.open(home.store())
+    stored.verify()
+    assert torch.equal(stored.read("base/again.weight"), training.base.weight)

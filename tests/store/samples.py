@@ -13,6 +13,7 @@ from ckptd.core.types import Epoch, SnapshotId
 from ckptd.format import objects
 from ckptd.tiers.store import Part, Store, StoredCheckpoint
 from ckptd.tiers.store.joint import Contribution, NodeWriter, Rows, commit
+from ckptd.tiers.store.writer import Pace
 
 JOB = "a job"
 Tensors = dict[str, tuple[str, np.ndarray]]
@@ -157,7 +158,7 @@ def write_jointly(
     for number, (store, given) in enumerate(zip(stores, contributions(name, held, len(stores), own), strict=True)):
         writer = NodeWriter(store, name, JOB, f"node-{number}", number, len(stores))
         if not writer.is_done():
-            writer.write(given, threads=1, cancelled=lambda: False)
+            writer.write(given, Pace())
     if not root.committed(name):
         commit(root, name, JOB, len(stores))
     root.sweep(name)

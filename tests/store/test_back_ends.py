@@ -133,3 +133,26 @@ def test_what_may_be_in_doubt_is_made_sure_of(back_end: BackEnd, directory: tupl
 def test_modified_is_a_time(back_end: BackEnd, directory: tuple[str, ...]) -> None:
     back_end.write((*directory, "file"), b"x")
     assert back_end.open((*directory, "file")).modified >= 0.0
+
+
+def test_a_file_appears_under_a_second_name(back_end: BackEnd, directory: tuple[str, ...]) -> None:
+    """By a link, or copied where it is; it stays when the first name goes."""
+    content, first, second = os.urandom(70_000), (*directory, "first"), (*directory, "second")
+    back_end.write(first, content)
+    assert back_end.link(first, second, len(content))
+    back_end.settle(directory)
+    back_end.discard(first)
+    assert read_file(back_end, second, 2**20) == content
+    assert back_end.list(directory) == [Entry("second", False)]
+
+
+def test_what_cannot_be_linked_leaves_nothing(back_end: BackEnd, directory: tuple[str, ...]) -> None:
+    """One that is gone, one of another length; and a name that is taken keeps what it has."""
+    first, second = (*directory, "first"), (*directory, "second")
+    assert not back_end.link(first, second, 3)
+    back_end.write(first, b"one")
+    assert not back_end.link(first, second, 4)
+    assert back_end.list(directory) == [Entry("first", False)]
+    back_end.write(second, b"other")
+    assert not back_end.link(first, second, 3)
+    assert read_file(back_end, second, 5) == b"other"

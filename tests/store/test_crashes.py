@@ -12,6 +12,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
 from ckptd.core.errors import CkptdError, FormatError, NotFoundError, StoreError
@@ -20,7 +21,8 @@ from ckptd.core.types import SnapshotId
 from ckptd.format import manifest
 from ckptd.tiers.store import Store, joint, names, reader
 from ckptd.tiers.store.files import FileBackEnd
-from ckptd.tiers.store.joint import NodeWriter
+from ckptd.tiers.store.joint import Contribution, NodeWriter, Rows
+from ckptd.tiers.store.writer import Pace, Resting
 from tests.simulated_disk import Operation, SimulatedDisk
 from tests.store.samples import (
     JOB,
@@ -41,6 +43,7 @@ from tests.store.samples import (
 
 OLD, NEW = identity(1), identity(2)
 ROOT = 9
+RESTING: Tensors = {"model/noise": tensors()["model/noise"]}
 RECORD = EpochRecord(identity(1, 2).epoch, OLD)
 CONTENTS: dict[SnapshotId, Tensors] = {
     name: {k: v for k, v in tensors(name.step).items() if k in ("model/weight", "model/step", "model/empty")}
@@ -160,6 +163,23 @@ class Witness:
         self.must.add(name)
         self.check()
 
+    def save_linked(self, root: Store, name: SnapshotId, earlier: Resting | None) -> Resting:
+        """Written by one node, committed by `root`: most of it is new, and some rests, as in an `earlier` checkpoint if
+        there is one."""
+        self.may.add(name)
+        self.nodes = 1
+        self.contents[name] = held = CONTENTS[name] | RESTING
+        memory = Memory(held)
+        resting = np.array([info.key in RESTING for info in memory.catalog.tensors])[memory.catalog.tensor]
+        given = Contribution([0], Rows(memory.catalog, memory.read, resting), None, {0: shared_objects(name.step)})
+        found = NodeWriter(self.store, name, JOB, "node-0", 0, 1).write(given, Pace(), earlier)
+        assert found is not None
+        joint.commit(root, name, JOB, 1)
+        self.must.add(name)
+        root.sweep(name)
+        self.check()
+        return found
+
 
 def save(witness: Witness) -> None:
     """A first checkpoint."""
@@ -196,9 +216,22 @@ def save_jointly_over_a_leftover(witness: Witness) -> None:
     witness.may.add(NEW)
     lost = [Store(FileBackEnd(witness.disk.on_node(number)), "simulated") for number in (7, 8)]
     for number, given in enumerate(contributions(NEW, CONTENTS[NEW], 2, staged)):
-        NodeWriter(lost[number], NEW, JOB, "lost", number, 2).write(given, threads=1, cancelled=lambda: False)
+        NodeWriter(lost[number], NEW, JOB, "lost", number, 2).write(given, Pace())
     witness.watch()
     witness.save_jointly(NEW, 2)
+
+
+def save_with_links(witness: Witness) -> None:
+    """What rests is linked from an older checkpoint, which is then pruned: the newer one has it all the same."""
+    root = Store(FileBackEnd(witness.disk.on_node(ROOT)), "simulated")
+    earlier = witness.save_linked(root, OLD, None)
+    witness.watch()
+    linked = witness.save_linked(root, NEW, earlier)
+    assert witness.disk.file(linked.held[0]) is witness.disk.file(earlier.held[0])
+    witness.must.remove(OLD)
+    assert root.prune(keep=1) == [OLD]
+    witness.may.remove(OLD)
+    witness.check()
 
 
 def confirm(witness: Witness) -> None:
@@ -250,6 +283,7 @@ SCENARIOS: list[Scenario] = [
     save_over_a_leftover,
     save_jointly,
     save_jointly_over_a_leftover,
+    save_with_links,
     confirm,
     prune,
     record_an_epoch,

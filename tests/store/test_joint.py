@@ -16,6 +16,7 @@ from ckptd.tiers.store import Store, joint
 from ckptd.tiers.store.files import FileBackEnd
 from ckptd.tiers.store.joint import Contribution, NodeWriter, Rows
 from ckptd.tiers.store.names import checkpoint, data_file, lists, manifest_part
+from ckptd.tiers.store.writer import Pace
 from tests.simulated_disk import SimulatedDisk
 from tests.store.samples import (
     JOB,
@@ -52,7 +53,7 @@ def put(stores: list[Store], number: int, parts: int = 3, node: str = "", **chan
     """Node `number` writes."""
     given = contributions(NAME, tensors(), len(stores))[number]._replace(**changes)
     writer = NodeWriter(stores[number], NAME, JOB, node or f"node-{number}", number, parts)
-    writer.write(given, threads=1, cancelled=lambda: False)
+    writer.write(given, Pace())
 
 
 def files(store: Store) -> set[str]:
@@ -93,7 +94,7 @@ def test_all_nodes_write_at_once(every_store: Store) -> None:
         store = Store(every_store.back_end, every_store.uri)
         begin.wait()
         writer = NodeWriter(store, NAME, JOB, f"node-{number}", number, nodes)
-        writer.write(given[number], threads=1, cancelled=lambda: False)
+        writer.write(given[number], Pace())
 
     with ThreadPoolExecutor(nodes) as pool:
         assert list(pool.map(write_one, range(nodes), timeout=60)) == [None] * nodes
@@ -160,7 +161,7 @@ Change = Callable[[Contribution, Contribution], Contribution]
 
 
 def _without_a_chunk(mine: Contribution, _: Contribution) -> Contribution:
-    catalog, read = mine.rows
+    catalog, read, _ = mine.rows
     kept = [row for row in catalog if row != catalog.rows("long")[1]]
     return mine._replace(rows=Rows(catalog.select(kept), lambda row, into: read(kept[row], into)))
 
@@ -228,9 +229,7 @@ def test_what_is_not_as_listed_is_refused_and_written_again(disk: list[Store], d
         back_end.write(path, bytes(content[:100] + b"?" + content[101:]))
     elif damage == "another list":
         disk[0].back_end.discard((*lists(DIRECTORY), "w00001"))
-        NodeWriter(disk[1], NAME, "another job", "node-1", 1, 3).write(
-            contributions(NAME, tensors(), 3)[1], threads=1, cancelled=lambda: False
-        )
+        NodeWriter(disk[1], NAME, "another job", "node-1", 1, 3).write(contributions(NAME, tensors(), 3)[1], Pace())
     guilty = "node node-0" if damage == "own data gone" else "node number 1" if damage == "list" else "node node-1"
     with pytest.raises(StoreError, match=guilty):
         joint.commit(disk[0], NAME, JOB, 3)
@@ -243,7 +242,7 @@ def test_what_is_not_as_listed_is_refused_and_written_again(disk: list[Store], d
 def test_what_differs_is_kept_for_its_rank(disk: list[Store]) -> None:
     own = contributions(NAME, tensors(), 3)[1].own
     assert own is not None
-    catalog, read_own = own
+    catalog, read_own, _ = own
 
     def changed(row: int, into: memoryview) -> None:
         read_own(row, into)
@@ -266,7 +265,7 @@ def test_cancelled_and_failed_writes_leave_no_files(stores: list[Store]) -> None
     given = contributions(NAME, tensors(), 3)[1]
     writer = NodeWriter(stores[1], NAME, JOB, "node-1", 1, 3)
     with pytest.raises(StoreError, match="cancelled"):
-        writer.write(given, threads=1, cancelled=lambda: True)
+        writer.write(given, Pace(cancelled=lambda: True))
     assert not writer.is_done()
     put(stores, 0)
     assert {name for name in files(stores[0]) if "w00001" in name or "w00004" in name} == set()

@@ -96,6 +96,11 @@ class BackEnd(Readable, Protocol):
         """Makes durable a small file with these contents that got its name from somebody who may not have seen that it
         will keep it. To sync again what has failed once would prove nothing, so it gets its name anew."""
 
+    def link(self, source: Path, target: Path, length: int) -> bool:
+        """Makes a file of a known length, whose contents are durable, appear under a new name as well, without reading
+        it here: by a second name, or copied where it is stored. Whether that worked; otherwise nothing is there, and it
+        has to be written again."""
+
     def settle(self, path: Path) -> None:
         """Makes the names in a directory durable: before, its files may be gone after a crash, synced or not. A failure
         is final."""

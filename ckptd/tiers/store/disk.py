@@ -20,6 +20,9 @@ class Disk(Readable, Protocol):
     def rename(self, source: Path, target: Path) -> None:
         """Renames a file within one directory, replacing `target`."""
 
+    def link(self, source: Path, target: Path) -> None:
+        """Gives a file a second name; one that exists is a StoreError, as is a disk that has no second names."""
+
     def sync_directory(self, path: Path) -> None:
         """Makes the names in a directory durable. A failure is final, as for files."""
 

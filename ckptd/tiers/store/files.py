@@ -48,6 +48,17 @@ class FileBackEnd:
         self.prepare(path, temporary, data)()
         self.settle(path[:-1])
 
+    def link(self, source: Path, target: Path, length: int) -> bool:
+        try:
+            self._disk.link(source, target)
+        except (StoreError, NotFoundError, FormatError):  # pruned; another file system; one without links
+            return False
+        with contextlib.suppress(StoreError, NotFoundError, FormatError):
+            if size_of(self, target) == length:
+                return True
+        self.discard(target)
+        return False
+
     def settle(self, path: Path) -> None:
         self._disk.sync_directory(path)
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from ckptd.core.catalog import Catalog
 from ckptd.core.errors import CkptdError, StoreError
@@ -35,17 +37,17 @@ from ckptd.tiers.store.parts import discard, discard_unfinished, has_data, has_m
 from ckptd.tiers.store.pipeline import Read
 from ckptd.tiers.store.reader import StoredCheckpoint
 from ckptd.tiers.store.store import Store
-from ckptd.tiers.store.writer import CheckpointWriter, PartWriter
-from ckptd.tiers.throttle import Throttle
+from ckptd.tiers.store.writer import CheckpointWriter, Pace, Resting
 
 _SHOWN = 5
 
 
 class Rows(NamedTuple):
-    """Chunks, and how to read them."""
+    """Chunks, and how to read them; which of them are `resting`, that is, expected to come again unchanged."""
 
     catalog: Catalog
     read: Read
+    resting: npt.NDArray[np.bool_] | None = None
 
 
 class Contribution(NamedTuple):
@@ -97,14 +99,13 @@ class NodeWriter:
         """Whether nothing is left to write: this node's list is there and holds, or else COMMIT is."""
         return self._is_listed() or self._store.exists(self._identity)
 
-    def write(
-        self, given: Contribution, *, threads: int, cancelled: Callable[[], bool], throttle: Throttle | None = None
-    ) -> None:
-        """Writes everything anew, durably, as fast as `throttle` says, then the list. StoreError, CorruptionError; what
-        was written is then removed, as far as it can be."""
+    def write(self, given: Contribution, pace: Pace, earlier: Resting | None = None) -> Resting | None:
+        """Writes everything anew, durably, but for what rests and is in an `earlier` checkpoint; then the list. What
+        rests in this one, for later ones. StoreError, CorruptionError; what was written is then removed, as far as it
+        can be."""
         writer = self._store.writer(self._identity, self._who[1], joined=True)  # refuses what is in doubt
         try:
-            self._write(writer, given, threads, cancelled, throttle)
+            return self._write(writer, given, pace, earlier)
         except BaseException:
             with contextlib.suppress(Exception):
                 if self._journal.get(self._writer) is None:  # else another node has taken this one's place
@@ -112,24 +113,18 @@ class NodeWriter:
             raise
 
     def _write(
-        self,
-        writer: CheckpointWriter,
-        given: Contribution,
-        threads: int,
-        cancelled: Callable[[], bool],
-        throttle: Throttle | None,
-    ) -> None:
+        self, writer: CheckpointWriter, given: Contribution, pace: Pace, earlier: Resting | None
+    ) -> Resting | None:
         for path in ((self._directory,), *names.folders(self._directory), self._journal.path):
             self._back_end.make_directory(path, exist_ok=True)
         self._discard()
-
-        def data_of(part: PartWriter, rows: Rows) -> tuple[Catalog, list[int]]:
-            return part.write_data(rows.catalog, rows.read, threads=threads, cancelled=cancelled, throttle=throttle)
-
         part, own, manifest = writer.part(self._writer), None, b""
-        shared = part.write_manifest(*data_of(part, given.rows))
+        rows = given.rows
+        resting = np.zeros(len(rows.catalog), np.bool_) if rows.resting is None else rows.resting
+        placed, data, kept = part.write_apart(rows.catalog, rows.read, resting, earlier, pace)
+        shared = part.write_manifest(placed, data)
         if given.own is not None:
-            catalog, lengths = data_of(writer.part(self._own_writer), given.own)
+            catalog, lengths = writer.part(self._own_writer).write_data(given.own.catalog, given.own.read, pace)
             manifest = to_parquet(catalog)
             digest = hashlib.sha256(manifest).hexdigest()
             own = Part(self._own_writer, len(catalog), len(manifest), digest, lengths)
@@ -138,6 +133,7 @@ class NodeWriter:
         values, objects = _numbered(given.objects)
         listed = _List(*self._who, given.ranks, shared, own, manifest, values, objects)
         self._journal.put(self._writer, msgspec.msgpack.encode(listed))
+        return kept
 
     def _settle_directories(self) -> None:
         """If this fails it has failed for good: who writes again must not find them."""

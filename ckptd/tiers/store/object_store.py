@@ -101,6 +101,20 @@ class ObjectBackEnd:
     def confirm(self, path: Path, temporary: Path, data: bytes) -> None:
         """Nothing: an object that is seen is durable, and putting it again might cut it short."""
 
+    def link(self, source: Path, target: Path, length: int) -> bool:
+        try:
+            if self._information(target).type is not pafs.FileType.NotFound:
+                return False  # and whoever writes it is told so
+            self._make_parent(target)
+            with named_errors(self.describe(target), "copy"):
+                self._system.copy_file(self._key(source), self._key(target))
+            if self.length(target) == length:
+                return True
+        except (StoreError, NotFoundError):  # pruned; a system that cannot copy
+            pass
+        self.discard(target)
+        return False
+
     def settle(self, path: Path) -> None:
         """Nothing: an object is durable with its name."""
 
@@ -158,11 +172,14 @@ class ObjectBackEnd:
         with named_errors(self.describe(path), "look up"):
             return self._system.get_file_info(self._key(path))
 
-    def _open_output(self, path: Path) -> ObjectOutput:
+    def _make_parent(self, path: Path) -> None:
         parent = self._key(path[:-1])
         if self._place.directories and parent not in self._made:
             self._system.create_dir(parent, recursive=True)
             self._made.add(parent)
+
+    def _open_output(self, path: Path) -> ObjectOutput:
+        self._make_parent(path)
         return ObjectOutput(self, path, self._system.open_output_stream(self._key(path), compression=None))
 
     def _key(self, path: Path) -> str:

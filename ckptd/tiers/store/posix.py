@@ -75,6 +75,10 @@ class PosixDisk:
         with self._parent(target, "rename") as (directory, name):
             os.rename(source[-1], name, src_dir_fd=directory, dst_dir_fd=directory)
 
+    def link(self, source: Path, target: Path) -> None:
+        with self._parent(source, "link") as (held, known), self._parent(target, "link") as (directory, name):
+            os.link(known, name, src_dir_fd=held, dst_dir_fd=directory, follow_symlinks=False)
+
     def sync_directory(self, path: Path) -> None:
         with self._directory(path, "sync directory") as directory:
             os.fsync(directory)

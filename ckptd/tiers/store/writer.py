@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,15 @@ from ckptd.format.commit import Commit, ObjectsFile, Part, encode_commit
 from ckptd.format.layout import FILE_BYTES, LARGE_ALIGNMENT, aligned
 from ckptd.format.manifest import to_parquet
 from ckptd.format.objects import pack_table
+from ckptd.format.table import encode_table
 from ckptd.tiers.store import names
-from ckptd.tiers.store.backend import BackEnd, OutputFile
+from ckptd.tiers.store.backend import BackEnd, OutputFile, Path
 from ckptd.tiers.store.parts import settle
 from ckptd.tiers.store.pipeline import Read, encoded_rows
 from ckptd.tiers.throttle import Throttle
 
 _PADDING = bytes(LARGE_ALIGNMENT)
+_PLACE = {"file": "i4", "file_offset": "i8", "stored": "i8", "codec": "u1"}
 
 
 class CheckpointWriter:
@@ -97,6 +100,39 @@ class CheckpointWriter:
             raise
 
 
+class Resting(NamedTuple):
+    """Data files of a checkpoint that hold nothing but chunks which are expected to come again unchanged, named by what
+    they are (`identity`), so that a later checkpoint need not have them written once more. `columns`: places of those
+    chunks, in order; `file` is counted from `first`."""
+
+    identity: bytes
+    directory: str
+    writer: int
+    first: int
+    lengths: list[int]
+    columns: dict[str, npt.NDArray[Any]]
+
+    def paths(self, directory: str, writer: int, first: int) -> list[Path]:
+        """The files, as they are named elsewhere."""
+        return [names.data_file(directory, writer, first + number) for number in range(len(self.lengths))]
+
+    @property
+    def held(self) -> list[Path]:
+        """The files."""
+        return self.paths(self.directory, self.writer, self.first)
+
+
+class Pace(NamedTuple):
+    """How to write: on how many threads, until when, how fast."""
+
+    threads: int = 1
+    cancelled: Callable[[], bool] = lambda: False
+    throttle: Throttle | None = None
+
+
+_AT_ONCE = Pace()
+
+
 class PartWriter:
     """One writer's data files and manifest part."""
 
@@ -120,41 +156,69 @@ class PartWriter:
         `read(row, into)` fills `into` with a row's raw bytes; it is called on `threads` threads. Rows that share a
         place are stored once. Raises StoreError (disk, cancelled) and CorruptionError (checksum of what was read).
         """
-        part = self.write_manifest(*self.write_data(catalog, read, threads=threads, cancelled=cancelled))
+        part = self.write_manifest(*self.write_data(catalog, read, Pace(threads, cancelled)))
         with self._attempt():
             settle(self._back_end, self._directory)
         return part
 
-    def write_data(
+    def write_data(self, catalog: Catalog, read: Read, pace: Pace = _AT_ONCE) -> tuple[Catalog, list[int]]:
+        """The first half of `write`: the data files, durable after `parts.settle`. For `write_manifest`: the rows with
+        the places that they have now, and the lengths of the files."""
+        placed, lengths, _ = self.write_apart(catalog, read, np.zeros(len(catalog), np.bool_), None, pace)
+        return placed, lengths
+
+    def write_apart(
         self,
         catalog: Catalog,
         read: Read,
-        *,
-        threads: int = 1,
-        cancelled: Callable[[], bool] = lambda: False,
-        throttle: Throttle | None = None,
-    ) -> tuple[Catalog, list[int]]:
-        """The first half of `write`: the data files, durable after `parts.settle`. For `write_manifest`: the rows with
-        the places that they have now, and the lengths of the files. `throttle`: how fast."""
+        resting: npt.NDArray[np.bool_],
+        earlier: Resting | None,
+        pace: Pace = _AT_ONCE,
+    ) -> tuple[Catalog, list[int], Resting | None]:
+        """`write_data`, where rows that are `resting` have files of their own, after all others: those of an `earlier`
+        checkpoint, if it had the same. With what they are for a later one."""
         with self._attempt():
             chosen, owner = _without_ties(catalog)
+            moving, still = chosen[~resting[chosen]], chosen[resting[chosen]]
             data = _DataFiles(self._back_end, self._directory, self._writer)
-            columns = {
-                name: np.zeros(len(catalog), kind)
-                for name, kind in (("file", "i4"), ("file_offset", "i8"), ("stored", "i8"), ("codec", "u1"))
-            }
-            written = 0
-            encoded = encoded_rows(catalog, chosen.tolist(), read, threads, cancelled, throttle)
-            with contextlib.closing(data), contextlib.closing(encoded):
-                for row, codec, stored in encoded:
-                    columns["file"][row], columns["file_offset"][row] = data.append(stored)
-                    columns["stored"][row], columns["codec"][row] = len(stored), codec
-                    written += 1
-                if written != len(chosen):
-                    raise StoreError(f"{self._back_end.describe((self._directory,))}: writing was cancelled")
-                data.finish()
-            places = {name: value[owner] for name, value in columns.items()}
-            return catalog.replaced(writer=np.full(len(catalog), self._writer), **places), data.lengths
+            columns = {name: np.zeros(len(catalog), kind) for name, kind in _PLACE.items()}
+            with contextlib.closing(data):
+                self._encode(catalog, moving, read, pace, data, columns)
+                first, kept = len(data.lengths), None
+                if len(still):
+                    identity = _identity(catalog.select(still))
+                    if earlier is not None and earlier.identity == identity and data.link(earlier):
+                        for name, column in earlier.columns.items():
+                            columns[name][still] = column
+                        columns["file"][still] += first
+                    else:
+                        self._encode(catalog, still, read, pace, data, columns)
+                    places = {name: column[still] for name, column in columns.items()}
+                    places["file"] = places["file"] - first
+                    kept = Resting(identity, self._directory, self._writer, first, data.lengths[first:], places)
+            placed = {name: column[owner] for name, column in columns.items()}
+            return catalog.replaced(writer=np.full(len(catalog), self._writer), **placed), data.lengths, kept
+
+    def _encode(
+        self,
+        catalog: Catalog,
+        rows: npt.NDArray[np.int64],
+        read: Read,
+        pace: Pace,
+        data: _DataFiles,
+        columns: Mapping[str, npt.NDArray[Any]],
+    ) -> None:
+        """Writes rows into new files, and notes their places."""
+        written = 0
+        encoded = encoded_rows(catalog, rows.tolist(), read, pace.threads, pace.cancelled, pace.throttle)
+        with contextlib.closing(encoded):
+            for row, codec, stored in encoded:
+                columns["file"][row], columns["file_offset"][row] = data.append(stored)
+                columns["stored"][row], columns["codec"][row] = len(stored), codec
+                written += 1
+        if written != len(rows):
+            raise StoreError(f"{self._back_end.describe((self._directory,))}: writing was cancelled")
+        data.finish()
 
     def write_manifest(self, catalog: Catalog, lengths: list[int]) -> Part:
         """The second half: lists rows in data files of these lengths. Durable after `parts.settle`."""
@@ -189,6 +253,17 @@ class _DataFiles:
         self.lengths[-1] = start + len(stored)
         return len(self.lengths) - 1, start
 
+    def link(self, earlier: Resting) -> bool:
+        """Adds files of an earlier checkpoint; False, with none of them added, where they cannot be had."""
+        targets = earlier.paths(self._directory, self._writer, len(self.lengths))
+        for number, (source, target) in enumerate(zip(earlier.held, targets, strict=True)):
+            if not self._back_end.link(source, target, earlier.lengths[number]):
+                for made in targets[:number]:
+                    self._back_end.discard(made)
+                return False
+        self.lengths += earlier.lengths
+        return True
+
     def finish(self) -> None:
         """Makes the contents of the current file durable."""
         if self._file is not None:
@@ -199,6 +274,11 @@ class _DataFiles:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _identity(catalog: Catalog) -> bytes:
+    """Names chunks by what they are and hold."""
+    return hashlib.sha256(encode_table(catalog) + catalog.crc.astype("<u4").tobytes()).digest()
 
 
 def _without_ties(catalog: Catalog) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
