@@ -174,12 +174,14 @@ class Blocking(OnDisk):
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a contender is: its class, the environment it needs (None: ours), and a module to run beside the ranks."""
+    """Where a contender is: its class, the environment it needs (None: ours), and a module to run beside the ranks.
+    `apart`: each rank is on a node of its own, of which it needs several."""
 
     module: str
     attribute: str
     environment: str | None = None
     companion: str | None = None
+    apart: bool = False
 
 
 CONTENDERS = {
@@ -187,6 +189,7 @@ CONTENDERS = {
     "memcpy": Entry("benchmarks.contender", "Memcpy"),
     "ckptd": Entry("benchmarks.ours", "Ckptd"),
     "ckptd, memory only": Entry("benchmarks.ours", "CkptdMemory"),
+    "ckptd, protected": Entry("benchmarks.ours", "CkptdProtected", apart=True),
     "torch.save": Entry("benchmarks.peers.torch_save", "TorchSave"),
     "dcp.save": Entry("benchmarks.peers.dcp", "DcpSave"),
     "dcp.async_save": Entry("benchmarks.peers.dcp", "DcpAsyncSave"),

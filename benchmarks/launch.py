@@ -100,6 +100,14 @@ class Place:
                 start_new_session=True,
             )
 
+    def seat(self, rank: int, ranks: int) -> dict[str, object]:
+        """The variables that say where a rank runs: all on one node, or each on one of its own."""
+        if not self.entry.apart:
+            return {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+        node = f"node{rank}"
+        own = {"CKPTD_NODE": node, "CKPTD_RUNTIME_DIR": f"{self.runtime}/{node}"}
+        return {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, **own}
+
     def start_companion(self, **variables: object) -> None:
         """What has to run beside the ranks of a node and outlive them; TrialError unless it says that it is there."""
         if self.entry.companion is None:
@@ -214,15 +222,16 @@ class _Ranks:
         self._place, self._deadline = place, deadline
         self._lines: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
         port, argument = free_port(), json.dumps(dataclasses.asdict(trial))
+        if place.entry.apart and ranks == 1:
+            raise TrialError("it needs several ranks, each on a node of its own")
         self._processes: list[subprocess.Popen[str]] = [
             place.start(
                 "benchmarks.worker",
                 argument,
                 RANK=rank,
-                LOCAL_RANK=rank,
                 WORLD_SIZE=ranks,
-                LOCAL_WORLD_SIZE=ranks,
                 MASTER_PORT=port,
+                **place.seat(rank, ranks),
             )
             for rank in range(ranks)
         ]

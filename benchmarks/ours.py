@@ -82,6 +82,18 @@ class Ckptd(Contender):
         self._checkpointer.__exit__(None, None, None)
 
 
+class CkptdProtected(Ckptd):
+    """Snapshots in the memory of several nodes, erasure-coded, without a store; those that are protected count."""
+
+    flushes = False
+
+    def store_in(self, directory: Path) -> None:
+        return None
+
+    def kept(self) -> int:
+        return int(self._checkpointer.statistics()["snapshots_protected"])
+
+
 class CkptdMemory(Ckptd):
     """Snapshots alone, without a store: what capture costs when nothing is written."""
 

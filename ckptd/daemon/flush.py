@@ -11,7 +11,6 @@ Reads slots by descriptor and verifies each chunk's checksum on the way, so that
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.config import node_name
 from ckptd.core.errors import CkptdError, NotFoundError, StoreError
 from ckptd.core.types import Epoch, SnapshotId
+from ckptd.daemon.priority import FLUSHING, give_way
 from ckptd.observe.trace import Trace
 from ckptd.plan.share import Read, known_alone, object_rows, tie_equal
 from ckptd.protocol.actions import WriteRecord
@@ -31,13 +31,6 @@ from ckptd.tiers.store import Store, joint
 from ckptd.tiers.store.names import parse_checkpoint
 from ckptd.tiers.store.writer import Pace, Resting
 from ckptd.tiers.throttle import Throttle
-
-NICE = 19
-"""The least weight there is, about a hundredth of a training thread's. Not SCHED_IDLE, which gets nothing at all while
-training threads spin on all cores, as those of collectives and of OpenMP do: a flush must end some day."""
-
-_IOPRIO_SET = 251 if os.uname().machine == "x86_64" else 30
-_IOPRIO_BEST_EFFORT_LOWEST = (2 << 13) | 7
 
 
 class Progress:
@@ -258,17 +251,9 @@ def _in_doubt(store: Store, identity: SnapshotId) -> bool:
     return False
 
 
-def yield_to_training() -> None:
-    """Lowers CPU and I/O priority of the calling thread for ever; the threads that it starts inherit both."""
-    thread = threading.get_native_id()
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, thread, NICE)
-    ctypes.CDLL(None).syscall(_IOPRIO_SET, 1, thread, _IOPRIO_BEST_EFFORT_LOWEST)
-
-
 def workers() -> ThreadPoolExecutor:
     """Where flushes run, one at a time: what an older epoch has begun ends first. All they start yields to training."""
-    return ThreadPoolExecutor(1, thread_name_prefix="ckptd-flush", initializer=yield_to_training)
+    return ThreadPoolExecutor(1, "ckptd-flush", give_way, (FLUSHING,))
 
 
 def _workers() -> int:

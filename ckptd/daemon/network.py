@@ -22,6 +22,7 @@ import msgspec
 
 from ckptd.core.errors import CkptdError, ConfigError, DaemonError, DeadlineError, FormatError
 from ckptd.core.types import Epoch, Job, SnapshotId
+from ckptd.daemon.priority import PROTECTING, giving_way
 from ckptd.protocol.cluster import messages as cluster
 from ckptd.tiers.arena import Ledger
 from ckptd.tiers.peers import (
@@ -170,8 +171,8 @@ class Network:
             self._listener = Listener.reserve(kept.host, kept.port)
         credentials = self._credentials()
         self.sources = Sources()
-        self._server = PeerServer(credentials, self._listener, kept.directory.members, self.sources, self._answered)
-        self._listener = None
+        given = credentials, self._listener, kept.directory.members, self.sources, self._answered
+        self._server, self._listener = giving_way(PROTECTING, lambda: PeerServer(*given)), None
         others = [member for member in kept.directory.members if member.node != self._node]
         self._peers = {
             member.node: Peer(credentials, member, throttle=self.throttle, streams=STREAMS) for member in others

@@ -190,6 +190,7 @@ class Others:
         """Time passes."""
         if len(self._network.names) == 1:
             return
+        self._machine.resting = self._protection.rests(now_s)
         if now_s - self._said_at >= REPEAT_S:
             self._said_at = now_s
             self._machine.job.repeat()

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import msgspec
@@ -19,6 +20,7 @@ import msgspec
 from ckptd.core.errors import CkptdError, CorruptionError, DaemonError, UnrecoverableError
 from ckptd.core.types import SnapshotId
 from ckptd.daemon.network import Network
+from ckptd.daemon.priority import PROTECTING, give_way, protecting_cores
 from ckptd.observe.trace import Trace
 from ckptd.plan.stripe import Group
 from ckptd.protocol.cluster import messages as cluster
@@ -28,8 +30,12 @@ from ckptd.protocol.node import NodeMachine
 from ckptd.tiers.arena import Slot
 from ckptd.tiers.peers import Cancellation
 from ckptd.tiers.protection import Holders, ParityArea, Protector, SealedGroup, SealRecord
+from ckptd.tiers.throttle import Bucket
 
 log = logging.getLogger("ckptd.daemon")
+
+THREADS = 4
+"""A kind of work each."""
 
 GUESTS_S = 60.0
 """How long nodes that have left the job may take to read what they hold before others may copy it."""
@@ -73,6 +79,8 @@ class Protection:
         self._running: dict[tuple[SnapshotId, str], Cancellation] = {}
         self._names: dict[SnapshotId, SnapshotId] = {}
         """Grant -> name of what others may pull."""
+        self._threads = ThreadPoolExecutor(THREADS, "ckptd-protect", give_way, (PROTECTING,))
+        self._cpu = Bucket(protecting_cores(), time.monotonic())
         self._tasks: set[asyncio.Future[None]] = set()
         self._withdrawing: set[asyncio.Future[None]] = set()
         self._lent: dict[tuple[SnapshotId, tuple[int, ...]], asyncio.Future[list[Slot]]] = {}
@@ -146,7 +154,8 @@ class Protection:
                     parities[number] += [nodes[arena]] if parity else []
             asked = sorted({node for held in (*strings.values(), *parities.values()) for node in held})
             records = self._all_records(name, group, asked, bool(membership.guests))
-            made += self._protector.rebuild(SealedGroup(name, group, records), string, Holders(strings, parities))
+            with self._network.throttle.urgent():
+                made += self._protector.rebuild(SealedGroup(name, group, records), string, Holders(strings, parities))
         return made
 
     def _all_records(self, name: SnapshotId, group: Group, asked: Sequence[str], guests: bool) -> dict[int, SealRecord]:
@@ -185,6 +194,7 @@ class Protection:
         self._give_back()
         if self._protector is not None:
             self._protector.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _stop(self, wanted: Callable[[SnapshotId, str], bool]) -> None:
         for key in [key for key in self._running if wanted(*key)]:
@@ -234,9 +244,20 @@ class Protection:
             self._done(task)
         self._acted()
 
+    def rests(self, now_s: float) -> bool:
+        """Nothing more is to be encoded for now: the job goes first."""
+        return self._cpu.delay(now_s) > 0
+
     def _traced(self, task: _Task) -> None:
+        """What an encoding takes is what the whole process takes meanwhile: half of it goes to threads of Flight's,
+        much of that for other nodes. A flush beside it counts as well."""
+        before = time.process_time()
         with self._trace.spanning(type(task.action).__name__.lower(), step=task.name.step):
-            task.run()
+            try:
+                task.run()
+            finally:
+                if isinstance(task.action, cluster.Encode):
+                    self._cpu.charge(time.process_time() - before, time.monotonic())
 
     def _failed(self, action: Work, error: Exception) -> None:
         job, damaged = self._machine.job, isinstance(error, CorruptionError)
@@ -323,7 +344,8 @@ class _Task:
             case cluster.Encode():
                 self._encode()
             case cluster.Rebuild():
-                self._rebuild()
+                with self._network.throttle.urgent():  # training waits for it
+                    self._rebuild()
             case cluster.Verify(part="parity"):
                 if self._held is not None:
                     self._protector.verify_parity(self._held, self.cancellation)

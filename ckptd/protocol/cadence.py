@@ -2,7 +2,7 @@
 
 Grants are issued a number of steps ahead (`lead`), so that every rank has heard of a grant before it reaches the step.
 A grant that comes late doubles the lead; a run of snapshots in time halves it again, since with a long lead snapshots
-are rare.
+are rare: with one of a step every step can be captured into two slots, of which one holds the snapshot before.
 
 `snapshot_every="auto"` takes the shortest interval that keeps what captures are measured to cost within the budget. It
 shrinks at once and at most doubles with each capture: one bad measurement is followed by a better one soon. Where every
@@ -15,10 +15,12 @@ import math
 
 from ckptd.protocol.messages import Policy
 
-LEAD = 2
-MAX_LEAD = 1024
+LEAD, LEAST_LEAD, MAX_LEAD = 2, 1, 1024
 SEALS_IN_TIME = 16
 """After so many seals without a late grant, half the lead is tried: at worst one snapshot in seventeen is lost."""
+
+SEALS_AT_FIRST = 4
+"""The same before any grant has been late: most steps are long enough."""
 
 AIM = 0.9
 """Of the budget: what is left is for costs that vary."""
@@ -38,9 +40,9 @@ class Cadence:
         self._policy = policy
         self._flushed_step = started_at
         self._flushed_s: float | None = None
-        self._in_time = 0
+        self._in_time, self._enough = 0, SEALS_AT_FIRST
         self._wanted = 1
-        self.lead = LEAD
+        self.lead: int = LEAD
         self.interval = policy.snapshot_steps or 1
 
     def observe(self, cost: float) -> None:
@@ -53,14 +55,14 @@ class Cadence:
     def late(self) -> None:
         """A grant reached a rank after its step."""
         self.lead = min(2 * self.lead, MAX_LEAD)
-        self._in_time = 0
+        self._in_time, self._enough = 0, SEALS_IN_TIME
 
     def sealed(self) -> None:
         """Every rank heard of a grant in time, and has captured."""
         self._widen()
         self._in_time += 1
-        if self._in_time >= SEALS_IN_TIME:
-            self.lead = max(self.lead // 2, LEAD)
+        if self._in_time >= self._enough:
+            self.lead = max(self.lead // 2, LEAST_LEAD)
             self._in_time = 0
 
     def wasted(self) -> None:

@@ -56,6 +56,8 @@ class NodeMachine:
         self._quiet = Quiet(now_s)
         self._draining = False
         self._disbanded = False
+        self.resting = False
+        """Protection has had all the CPU that it is to have for now."""
         self._available_bytes, self._limit = 0, ""
 
     # --- events
@@ -477,6 +479,7 @@ class NodeMachine:
             cost=max((member.cost for member in present if member.cost is not None), default=None),
             survey=state.generation,
             pieces=self._surveys.pieces,
+            resting=self.resting,
             wishes=self._requests.wishes(),
             closed=bool(state.ranks) and len(state.closed) == len(state.ranks),
         )

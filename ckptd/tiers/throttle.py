@@ -10,9 +10,10 @@ before ends by itself, and is bounded (wire.CALL_BYTES). Waiting happens between
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 BURST_S = 0.1
 """Of the rate: what an idle bucket saves up."""
@@ -65,12 +66,16 @@ class Throttle:
         self._bytes, self._cpu = Bucket(bandwidth, clock()), Bucket(cpu_share, clock())
         self._changed = threading.Condition()
         self._paused = False
+        self._urgent = 0
         self.admitted_bytes = 0
 
     def admit(self, size: int, cancelled: Callable[[], bool] = lambda: False) -> bool:
         """Waits until `size` bytes may go; False if `cancelled` says so meanwhile (see `wake`)."""
         with self._changed:
             while not cancelled():
+                if self._urgent:
+                    self.admitted_bytes += size
+                    return True
                 now = self._clock()
                 delay = max(self._bytes.delay(now), self._cpu.delay(now))
                 if not self._paused and delay <= 0:
@@ -83,7 +88,8 @@ class Throttle:
     def spent(self, cpu_s: float) -> None:
         """Accounts for CPU time that pulling has taken."""
         with self._changed:
-            self._cpu.charge(cpu_s, self._clock())
+            if not self._urgent:
+                self._cpu.charge(cpu_s, self._clock())
 
     def limit(self, bandwidth: float | None) -> None:
         """Another bandwidth from now on."""
@@ -91,6 +97,18 @@ class Throttle:
             if bandwidth != self._bytes.rate:
                 self._bytes = Bucket(bandwidth, self._clock())
                 self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def urgent(self) -> Iterator[None]:
+        """Somebody waits for what runs meanwhile: nothing is held back, and nothing is counted."""
+        with self._changed:
+            self._urgent += 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._urgent -= 1
 
     def pause(self) -> None:
         """Admits nothing until `resume`."""

@@ -34,7 +34,8 @@ class Statistics(msgspec.Struct):
     threads of this process.
 
     `bytes_captured` were copied into slots, `bytes_eager` at boundaries, `bytes_lazy` while the next step ran.
-    Snapshots were captured here, sealed by the whole job, or skipped, for `skip_reasons` (docs/protocol.md, section 2).
+    Snapshots were captured here, sealed by the whole job, protected against losses of nodes, or skipped, for
+    `skip_reasons` (docs/protocol.md, section 2).
     """
 
     steps: int = 0
@@ -52,6 +53,7 @@ class Statistics(msgspec.Struct):
     bytes_lazy: int = 0
     snapshots_captured: int = 0
     snapshots_sealed: int = 0
+    snapshots_protected: int = 0
     snapshots_skipped: int = 0
     skip_reasons: dict[str, int] = {}
 
@@ -179,4 +181,5 @@ class Costs:
     def reached(self, level: Level, step: int) -> None:
         """`step` is the first, or a newer one, to have reached a level."""
         self._counted.snapshots_sealed += level is Level.SEALED
+        self._counted.snapshots_protected += level is Level.PROTECTED
         self.trace.moment(level.value, step=step)

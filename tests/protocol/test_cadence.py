@@ -8,7 +8,18 @@ from typing import Any
 import msgspec
 import pytest
 
-from ckptd.protocol.cadence import AIM, CALM_AT, CALM_EVERY, LEAD, MAX_INTERVAL, MAX_LEAD, SEALS_IN_TIME, Cadence
+from ckptd.protocol.cadence import (
+    AIM,
+    CALM_AT,
+    CALM_EVERY,
+    LEAD,
+    LEAST_LEAD,
+    MAX_INTERVAL,
+    MAX_LEAD,
+    SEALS_AT_FIRST,
+    SEALS_IN_TIME,
+    Cadence,
+)
 from ckptd.protocol.messages import Policy
 from tests.protocol.transcript import POLICY
 
@@ -63,7 +74,20 @@ def test_lead_shrinks_when_all_is_well() -> None:
     assert made.lead == 8 * LEAD
     for _ in range(100 * SEALS_IN_TIME):
         made.sealed()
-    assert made.lead == LEAD
+    assert made.lead == LEAST_LEAD
+
+
+def test_the_least_lead_is_tried_soon() -> None:
+    """Two slots hold every step then; who is too fast for it is so once."""
+    made = cadence()
+    for _ in range(SEALS_AT_FIRST):
+        assert made.next_step(10, 0) == 10 + LEAD
+        made.sealed()
+    assert made.next_step(10, 0) == 11
+    made.late()
+    for _ in range(SEALS_IN_TIME - 1):
+        made.sealed()
+    assert made.next_step(10, 0) == 10 + LEAD
 
 
 def captured(made: Cadence, cost: float, times: int = 1) -> None:

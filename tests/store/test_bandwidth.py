@@ -12,7 +12,8 @@ import pytest
 from ckptd.core.box import CHUNK_BYTES
 from ckptd.core.catalog import Catalog
 from ckptd.core.native import crc32c
-from ckptd.daemon.flush import NICE, workers
+from ckptd.daemon.flush import workers
+from ckptd.daemon.priority import FLUSHING
 from ckptd.tiers.store.pipeline import encoded_rows
 from ckptd.tiers.throttle import BURST_S, Throttle
 
@@ -116,6 +117,5 @@ def test_a_flush_gives_way() -> None:
     before = priority()
     with workers() as executor:
         found = executor.submit(both).result(UNTIL_S)
-    assert found == [(NICE, (psutil.IOPRIO_CLASS_BE, 7))] * 2
-    assert NICE == 19
+    assert found == [(FLUSHING, (psutil.IOPRIO_CLASS_BE, 7))] * 2
     assert priority() == before

@@ -52,7 +52,7 @@ class Root:
         self._forget(state)
         self.granted = max(self.granted, up.granted)
         self.encoding = newer(self.encoding, up.encoding)
-        self._name_encoding(state)
+        self._name_encoding(state, up.standing.resting)
         self._survey(up, complete)
         self.flushing.hear(up, complete)
         newest = self._newest()
@@ -121,8 +121,9 @@ class Root:
         """The newest snapshot that is sealed by all."""
         return max((v for v in self.verdicts.values() if v.sealed), key=lambda v: v.snapshot, default=None)
 
-    def _name_encoding(self, state: ClusterState) -> None:
-        """The restore point first, then the newest that is sealed; one until it is protected or given up."""
+    def _name_encoding(self, state: ClusterState, resting: bool) -> None:
+        """The restore point first, then the newest that is sealed, unless a node is `resting`. One until it is
+        protected or given up."""
 
         def is_open(snapshot: SnapshotId | None) -> bool:
             verdict = None if snapshot is None else self.verdicts.get(snapshot)
@@ -131,7 +132,7 @@ class Root:
         point = self.verdicts.get(state.point) if state.continued and state.point is not None else None
         if point is not None and point.parity is None:
             self.encoding = newer(self.encoding, state.point if point.sealed else None)
-        elif not is_open(self.encoding):
+        elif not is_open(self.encoding) and not resting:
             self.encoding = newer(self.encoding, max(filter(is_open, self.verdicts), default=None))
 
     def _survey(self, up: Facts, complete: bool) -> None:

@@ -55,8 +55,9 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     `boundary`: the furthest. `room`: snapshots that may be in the making at once; 0 where a rank is missing. `asked`:
     all ranks stand at this boundary and want it captured; `asking`: some rank waits in such a request. `cost`: of a
     capture to the rank that pays most, as a share of a step. `survey`: the newest generation of layouts that is wanted;
-    `pieces`: that of which all have said what their states consist of. `written`: the newest flush of which all have
-    written their files. `closed`: every rank has finished; `parted`: and has been told that all have.
+    `pieces`: that of which all have said what their states consist of. `resting`: some node has given protection all
+    the CPU that it is to have for now. `written`: the newest flush of which all have written their files. `closed`:
+    every rank has finished; `parted`: and has been told that all have.
     """
 
     boundary: int = -1
@@ -71,6 +72,7 @@ class Standing(msgspec.Struct, frozen=True, array_like=True):
     wishes: tuple[Wish, ...] = ()
     closed: bool = False
     parted: bool = False
+    resting: bool = False
 
 
 def together(standings: Collection[Standing]) -> Standing:
@@ -86,6 +88,7 @@ def together(standings: Collection[Standing]) -> Standing:
         cost=max(costs, default=None),
         survey=max(standing.survey for standing in standings),
         pieces=min(standing.pieces for standing in standings),
+        resting=any(standing.resting for standing in standings),
         written=min(standing.written for standing in standings),
         failed=max(failed, key=lambda failure: (failure.number, failure.error), default=None),
         wishes=_newest(wish for standing in standings for wish in standing.wishes),
