@@ -83,6 +83,7 @@ class Others:
                 log.error("this node is cut off from the others until the next epoch: %s", error)
                 return
         self._protection.begin()
+        self._protection.met()
 
     def contact(self, message: m.Prepare) -> bytes:
         """How others will find this node in an epoch that is promised. Raises ConfigError."""
@@ -116,6 +117,7 @@ class Others:
         wanted = {*state.membership.shape.group_of(state.number), *children}
         wanted |= set() if parent is None else {parent}
         self._network.meet([names[number] for number in sorted(wanted - {state.number})])
+        self._protection.met()
 
     async def invite(self, message: m.Invite) -> m.Invited:
         """What other members of the epoch that has begun here promise for the next one, as far as they answer. Raises

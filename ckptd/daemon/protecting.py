@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,9 @@ GUESTS_S = 60.0
 """How long nodes that have left the job may take to read what they hold before others may copy it."""
 
 GUESTS_AGAIN_S = 0.2
+
+SETTLE_S = 2.0
+"""How long after all others have begun a failure to reach one of them may be what is left of trying too early."""
 
 Work = cluster.Describe | cluster.Encode | cluster.Rebuild | cluster.Verify
 
@@ -84,6 +88,7 @@ class Protection:
         self._tasks: set[asyncio.Future[None]] = set()
         self._withdrawing: set[asyncio.Future[None]] = set()
         self._lent: dict[tuple[SnapshotId, tuple[int, ...]], asyncio.Future[list[Slot]]] = {}
+        self._settled_s = math.inf
 
     @property
     def _state(self) -> ClusterState:
@@ -93,12 +98,13 @@ class Protection:
         """An epoch has begun, or this daemon has taken it over: what is held here is given to others."""
         self._stop(lambda snapshot, kind: True)
         self._give_back()
+        self._settled_s = math.inf
         if self._protector is not None:
             self._protector.close()
             self._protector = None
-        number, names = self._state.number, self._network.names
-        if self._network.own not in names or (number is None and len(names) == 1):
-            return
+        membership, names = self._state.membership, self._network.names
+        if membership is None or len(names) < len(membership.everybody):
+            return  # cut off from the others until the next epoch
         self._protector = Protector(
             self._network.own,
             dict(enumerate(names)),
@@ -108,6 +114,11 @@ class Protection:
         )
         for holding in self._state.holdings:
             self._give(holding)
+
+    def met(self) -> None:
+        """The others have begun as well: what cannot be had from them from now on is not there. In a
+        thread."""
+        self._settled_s = time.monotonic() + SETTLE_S
 
     def _give(self, holding: Holding) -> None:
         assert self._protector is not None
@@ -239,7 +250,7 @@ class Protection:
             task.discard()
         elif failure is not None:
             log.warning("%s of %s: %s", kind, task.name, failure)
-            self._failed(action, failure)
+            self._failed(action, failure, final=task.began_s >= self._settled_s)
         else:
             self._done(task)
         self._acted()
@@ -259,7 +270,8 @@ class Protection:
                 if isinstance(task.action, cluster.Encode):
                     self._cpu.charge(time.process_time() - before, time.monotonic())
 
-    def _failed(self, action: Work, error: Exception) -> None:
+    def _failed(self, action: Work, error: Exception, *, final: bool = False) -> None:
+        """Before a failure is `final` it may be due to others that had not begun yet."""
         job, damaged = self._machine.job, isinstance(error, CorruptionError)
         match action:
             case cluster.Describe():
@@ -267,7 +279,7 @@ class Protection:
             case cluster.Encode():
                 job.encoding_failed(action.snapshot)
             case cluster.Rebuild():
-                if isinstance(error, UnrecoverableError):
+                if final and isinstance(error, UnrecoverableError):
                     self._machine.unrecoverable(action.snapshot, str(error))
                 job.rebuilding_failed(action.snapshot)
             case cluster.Verify():
@@ -321,6 +333,7 @@ class _Task:
         assert holding.name is not None
         assert state.membership is not None
         self.action, self.name, self.cancellation = action, holding.name, cancellation
+        self.began_s = time.monotonic()
         self.slots: list[Slot] = []
         self.made: list[Slot] = []
         self.record: SealRecord | None = None

@@ -259,16 +259,66 @@ class Run:
         self.ends()
 
 
-class Laboratory(abc.ABC):
+class Planned(abc.ABC):
+    """Faults that are armed for the processes of one job; they find the plan by CKPTD_TEST_FAULTS."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._plan = folder / "faults.json"
+        self._faults: dict[str, Path] = {}
+
+    @abc.abstractmethod
+    def said(self) -> str:
+        """The ends of outputs and logs, for messages."""
+
+    def plan(self, faults: dict[str, Fault]) -> None:
+        """Arms faults for the processes that start from now on, which those planned earlier do not concern."""
+        plans = []
+        for name, fault in faults.items():
+            armed = self.folder / f"armed-{name}"
+            armed.touch()
+            Path(f"{armed}.held").unlink(missing_ok=True)
+            self._faults[name] = armed
+            plans.append({**dataclasses.asdict(fault), "armed": str(armed)})
+        self._plan.write_text(json.dumps(plans))
+
+    def fired(self, name: str) -> bool:
+        """Whether a fault that fires once has."""
+        return not self._faults[name].exists()
+
+    def fires(self, name: str) -> None:
+        """Waits until it has."""
+        until(lambda: self.fired(name), lambda: f"the fault {name!r}; {self.said()}")
+
+    def holds(self, name: str) -> None:
+        """Waits until a process is held there."""
+        held = Path(f"{self._faults[name]}.held")
+        until(held.exists, lambda: f"the hold {name!r}; {self.said()}")
+
+    def release(self, name: str) -> None:
+        """Ends a hold, or a lasting fault."""
+        self._faults[name].unlink()
+
+    def notes(self, name: str) -> list[str]:
+        """What a "note" has noted."""
+        path = Path(f"{self._faults[name]}.notes")
+        return path.read_text().splitlines() if path.exists() else []
+
+    def release_all(self) -> None:
+        """Ends everything that is planned."""
+        for armed in self.folder.glob("armed-*"):
+            if armed.suffix != ".held":
+                armed.unlink()
+
+
+class Laboratory(Planned):
     """A training job that can be broken. Use as a context manager: whatever happens, nothing of it lives on."""
 
     def __init__(self, folder: Path, nursery: Nursery, *, store: bool) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self._nursery = nursery
         self.store = folder / "store" if store else None
         self.job = str(self.store) if store else "a job"
-        self._plan = folder / "faults.json"
-        self._faults: dict[str, Path] = {}
         self._runs: list[Run] = []
         self.variables: dict[str, str] = {}
         self.group: Path | None = None
@@ -344,48 +394,6 @@ class Laboratory(abc.ABC):
             "OMP_NUM_THREADS": "1",
             **self.variables,
         }
-
-    # --- faults
-
-    def plan(self, faults: dict[str, Fault]) -> None:
-        """Arms faults for the processes that start from now on; those planned earlier are dropped."""
-        self._faults = {}
-        plans = []
-        for name, fault in faults.items():
-            armed = self.folder / f"armed-{name}"
-            armed.touch()
-            Path(f"{armed}.held").unlink(missing_ok=True)
-            self._faults[name] = armed
-            plans.append({**dataclasses.asdict(fault), "armed": str(armed)})
-        self._plan.write_text(json.dumps(plans))
-
-    def fired(self, name: str) -> bool:
-        """Whether a fault that fires once has."""
-        return not self._faults[name].exists()
-
-    def fires(self, name: str) -> None:
-        """Waits until it has."""
-        until(lambda: self.fired(name), lambda: f"the fault {name!r}; {self.said()}")
-
-    def holds(self, name: str) -> None:
-        """Waits until a process is held there."""
-        held = Path(f"{self._faults[name]}.held")
-        until(held.exists, lambda: f"the hold {name!r}; {self.said()}")
-
-    def release(self, name: str) -> None:
-        """Ends a hold, or a lasting fault."""
-        self._faults[name].unlink()
-
-    def notes(self, name: str) -> list[str]:
-        """What a "note" has noted."""
-        path = Path(f"{self._faults[name]}.notes")
-        return path.read_text().splitlines() if path.exists() else []
-
-    def release_all(self) -> None:
-        """Ends everything that is planned."""
-        for armed in self.folder.glob("armed-*"):
-            if armed.suffix != ".held":
-                armed.unlink()
 
     def is_stopped(self, pid: int) -> bool:
         """Whether a process is stopped by a signal."""

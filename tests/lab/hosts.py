@@ -8,19 +8,21 @@ import signal
 from pathlib import Path
 
 from tests.faults.inject import sitecustomize as inject
-from tests.faults.lab import until
+from tests.faults.lab import Planned, until
 from tests.lab.ranks import Host
 
 ROLES = ("keeper", "daemon")
 
 
-class Hosts:
+class Hosts(Planned):
     """Use as a context manager: whatever happens, none of their processes lives on."""
 
     def __init__(self, folder: Path, job: str = "a job") -> None:
-        self._folder, self._job = folder, job
+        super().__init__(folder)
+        self._job = job
         self._numbers = itertools.count()
         self._made: list[Host] = []
+        self.plan({})
 
     def __enter__(self) -> Hosts:
         return self
@@ -32,7 +34,8 @@ class Hosts:
         """New nodes, whose daemons listen."""
         made = []
         for number in itertools.islice(self._numbers, count):
-            host = Host(self._job, f"n{number}", self._folder / f"n{number}", variables)
+            name = f"n{number}"
+            host = Host(self._job, name, self.folder / name, {"CKPTD_TEST_FAULTS": str(self._plan), **variables})
             self._made.append(host)
             made.append(host)
             host.start()
@@ -47,6 +50,13 @@ class Hosts:
         until(lambda: not list(inject.processes(runtimes)), "the end of the processes of lost nodes")
         for runtime in runtimes:
             shutil.rmtree(runtime, ignore_errors=True)
+            Path(runtime).touch()  # no rank that has not heard of it starts a daemon here
+
+    def kill_daemons(self, *hosts: Host) -> None:
+        """SIGKILL to the daemons alone; each keeper starts another."""
+        killed = inject.kill(self._runtimes(hosts), ["daemon"])
+        for host in hosts:
+            host.reaches(lambda status: status["pid"] not in killed, "another daemon")
 
     def stop(self, *hosts: Host) -> None:
         """Their processes stand still."""
@@ -62,8 +72,10 @@ class Hosts:
             lambda: not list(inject.processes(self._runtimes(self._made))),
             lambda: f"the end of {[*inject.processes(self._runtimes(self._made))]}",
         )
-        left = [path for host in self._made if host.runtime.exists() for path in host.runtime.rglob("*")]
-        assert left == []
+        assert [path for host in self._made for path in host.runtime.rglob("*")] == []
+
+    def said(self) -> str:
+        return "".join(host.said() for host in self._made)
 
     @staticmethod
     def _runtimes(hosts: list[Host] | tuple[Host, ...]) -> list[str]:

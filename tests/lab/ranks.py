@@ -43,6 +43,18 @@ CHUNK = 50_000
 OBJECTS_ROOM = 4096
 
 
+Exchange = Callable[[int], None]
+"""Called once in the n-th exchange of a launch, counted from 1, when all ranks have said what they have to say and none
+has heard it. What it raises ends the launch."""
+
+PLACES, NUMBER, PROMISED, DECIDED, BEGUN, MET, JOINED = range(1, 8)
+"""The exchanges of a launch on several nodes without a store."""
+
+
+class AbandonedError(Exception):
+    """The ranks of a launch have been killed while it started."""
+
+
 def content(rank: int, step: int) -> np.ndarray:
     """What a rank holds after a step. No two ranks have strings of one length."""
     return np.random.default_rng([rank, step]).integers(0, 256, 120_000 + 7_001 * rank, np.uint8)
@@ -104,13 +116,16 @@ class Host(Node):
 class _Threads(Group):
     """Ranks that are threads: one barrier in the place of a process group."""
 
-    def __init__(self, rank: int, barrier: threading.Barrier, said: list[bytes]) -> None:
+    def __init__(self, rank: int, barrier: threading.Barrier, said: list[bytes], exchange: Exchange) -> None:
         super().__init__(None)
         self.rank, self.size = rank, barrier.parties
-        self._barrier, self._said = barrier, said
+        self._barrier, self._said, self._exchange, self._count = barrier, said, exchange, 0
 
     def all_gather(self, data: bytes) -> list[bytes]:
+        self._count += 1
         self._said[self.rank] = data
+        if self._barrier.wait() == 0:
+            self._exchange(self._count)
         self._barrier.wait()
         found = list(self._said)
         self._barrier.wait()
@@ -139,6 +154,8 @@ class Rank:
         self.host, self.choice, self.number = host, entry.choice, entry.hello.rank
         self.restored = entry.restore
         self.granted = 0
+        self.hesitates = False
+        """Does not use the grants that it gets."""
         self._changed = threading.Condition()
         self._slots: dict[int, Slot] = {}
         self._grants: dict[int, m.Grant] = {}
@@ -185,6 +202,11 @@ class Rank:
             if self._refused is not None:
                 raise self._refused
         assert found, f"rank {self.number}: step {step} is not {level}: {self.host.status()}; {self.host.said()}"
+
+    def is_granted(self, step: int) -> None:
+        """Waits for a grant that can be used for a step."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._due(step), LIMIT_S), self.host.said()
 
     def close(self) -> None:
         """The rank has finished."""
@@ -256,7 +278,9 @@ class Rank:
 
     def _capture(self) -> None:
         """Uses the newest grant that is due."""
-        due = sorted(n for n, g in self._grants.items() if g.step <= self._wanted and n not in self._outcomes)
+        if self.hesitates:
+            return
+        due = self._due(self._wanted)
         for grant in due[:-1]:
             self._settle(m.Missed(grant, "revoked"))
         for grant in due[-1:]:
@@ -273,32 +297,52 @@ class Rank:
             slot.commit(snapshot, crcs, pack_table(objects(self.number, self._wanted)))
             self._settle(m.Captured(grant, self._wanted, self._grants[grant].slot))
 
+    def _due(self, step: int) -> list[int]:
+        return sorted(n for n, grant in self._grants.items() if grant.step <= step and n not in self._outcomes)
+
     def _settle(self, outcome: m.Captured | m.Missed) -> None:
         if outcome.grant not in self._outcomes:
             self._outcomes[outcome.grant] = outcome
             self._session.say(outcome)
 
 
-def enter(hosts: Sequence[Host], ranks_here: int = 1, **chosen: Any) -> list[Rank | CkptdError]:
+def _ignored(exchange: int) -> None:
+    pass
+
+
+def dies_at(exchange: int, then: Callable[[], object] = lambda: None) -> Exchange:
+    """All ranks of a launch are killed at an exchange, after `then` was done."""
+
+    def one(number: int) -> None:
+        if number == exchange:
+            then()
+            raise AbandonedError
+
+    return one
+
+
+def enter(
+    hosts: Sequence[Host], ranks_here: int = 1, exchange: Exchange = _ignored, **chosen: Any
+) -> list[Rank | Exception]:
     """A launch of the job on these nodes, whose daemons listen: of each rank itself, or why it is not in.
     `chosen`: options of the Checkpointer."""
     options = dataclasses.replace(Options(linger_s=60.0, flush_every=None), **chosen)
     size = len(hosts) * ranks_here
     barrier, said = threading.Barrier(size, timeout=LIMIT_S), [b""] * size
-    found: list[Rank | CkptdError | None] = [None] * size
+    found: list[Rank | Exception | None] = [None] * size
 
     def one(rank: int, host: Host) -> None:
-        group, world = _Threads(rank, barrier, said), World(rank, size, rank % ranks_here, ranks_here)
+        group, world = _Threads(rank, barrier, said, exchange), World(rank, size, rank % ranks_here, ranks_here)
         policy = m.Policy(None, 10**6, None, None, None, 0.01, None, options.linger_s)
         try:
             places = Places.find(group, world, options.redundancy, host.variables)
             start = _Start(host.address, group, places, options, policy, _anything, (), host.variables)
             found[rank] = Rank(start.enter(), host)
-        except CkptdError as error:
+        except (CkptdError, threading.BrokenBarrierError) as error:
             found[rank] = error
-        except BaseException:
+        except AbandonedError as error:
+            found[rank] = error
             barrier.abort()
-            raise
 
     threads = [
         threading.Thread(target=one, args=(rank, hosts[rank // ranks_here]), daemon=True) for rank in range(size)
@@ -309,6 +353,30 @@ def enter(hosts: Sequence[Host], ranks_here: int = 1, **chosen: Any) -> list[Ran
         thread.join(LIMIT_S)
     assert None not in found, f"ranks {[n for n, x in enumerate(found) if x is None]}; {[h.said() for h in hosts]}"
     return [x for x in found if x is not None]
+
+
+class Launch:
+    """A launch that goes on beside the test."""
+
+    def __init__(
+        self, hosts: Sequence[Host], ranks_here: int = 1, exchange: Exchange = _ignored, **chosen: Any
+    ) -> None:
+        self._found: list[Rank | Exception] = []
+        arguments = (hosts, ranks_here, exchange)
+        self._thread = threading.Thread(
+            target=lambda: self._found.extend(enter(*arguments, **chosen)), name="launch", daemon=True
+        )
+        self._thread.start()
+
+    def ends(self) -> list[Rank | Exception]:
+        """Waits until every rank is in, or is not."""
+        self._thread.join(2 * LIMIT_S)
+        assert self._found, "the launch does not end"
+        return self._found
+
+    def fails(self) -> None:
+        """Waits until no rank is in."""
+        assert [rank for rank in self.ends() if isinstance(rank, Rank)] == []
 
 
 def _anything(snapshot: SnapshotId) -> bool:
@@ -322,9 +390,9 @@ class Crew:
         self.ranks = list(ranks)
 
     @classmethod
-    def enter(cls, hosts: Sequence[Host], ranks_here: int = 1, **chosen: Any) -> Crew:
+    def enter(cls, hosts: Sequence[Host], ranks_here: int = 1, exchange: Exchange = _ignored, **chosen: Any) -> Crew:
         """A launch that succeeds; raises the error of the first rank that is refused."""
-        found = enter(hosts, ranks_here, **chosen)
+        found = enter(hosts, ranks_here, exchange, **chosen)
         ranks = [rank for rank in found if isinstance(rank, Rank)]
         for refused in found:
             if not isinstance(refused, Rank):
