@@ -26,7 +26,7 @@ from ckptd.observe.trace import Trace
 from ckptd.plan.stripe import Group
 from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.cluster.state import ClusterState, Holding
-from ckptd.protocol.messages import Borrow, SlotInfo
+from ckptd.protocol.messages import MAX_TEXT, Borrow, SlotInfo
 from ckptd.protocol.node import NodeMachine
 from ckptd.tiers.arena import Slot
 from ckptd.tiers.peers import Cancellation
@@ -145,6 +145,7 @@ class Protection:
         CkptdError."""
         key = (wanted.snapshot, tuple(wanted.strings))
         if key not in self._lent:
+            self._machine.state.count("lent")
             self._lent[key] = asyncio.ensure_future(asyncio.to_thread(self._make, wanted))
         return await asyncio.shield(self._lent[key])
 
@@ -250,6 +251,8 @@ class Protection:
             task.discard()
         elif failure is not None:
             log.warning("%s of %s: %s", kind, task.name, failure)
+            self._machine.state.count("protection_errors")
+            self._machine.state.last_error = f"{kind} of {task.name}: {failure}"[:MAX_TEXT]
             self._failed(action, failure, final=task.began_s >= self._settled_s)
         else:
             self._done(task)

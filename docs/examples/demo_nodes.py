@@ -1,8 +1,9 @@
-"""Second act of the demo: four simulated nodes that protect each other 2+2, two of them lost at one moment.
+"""Second act of the demo: four simulated nodes that protect each other 2+2, two of them lost at one moment, twice.
 
 A node is here what carries its name on this machine: a rank, a daemon with its keeper, a runtime directory. There is no
 store: whatever training goes on from was in the memory of nodes. Two nodes drawn from the seed lose all of that; the
-other two keep their daemons, and two new nodes take the places of the lost.
+other two keep their daemons, and two new nodes take the places of the lost. Then two are lost again, and the two that
+are left go on alone, their ranks with twice as much of the state.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ REPLACEMENTS = ("E", "F")
 REDUNDANCY = "2+2"
 JOB = "four nodes"
 STEPS = 32
-SIZES = ("--parameters", "1M", "--steps", str(STEPS))
+SIZES = ("--parameters", "1M", "--steps", str(STEPS), "--weights")
 TIMEOUT_S = 180.0
 Show = Callable[[str, int, int], None]
 """Called with what runs, the last step, and the number of steps."""
@@ -51,7 +52,7 @@ class Cluster:
         processes = []
         for rank, node in enumerate(names):
             place = {"RANK": rank, "WORLD_SIZE": len(names), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-            variables = {key: str(value) for key, value in place.items()} | self._variables(node)
+            variables = {key: str(value) for key, value in place.items()} | self._variables(node, len(names))
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             command = [sys.executable, str(HERE / "train_gpt.py"), "--progress", str(progress), *SIZES, *arguments]
             with self._stage.output(name).open("ab") as output:
@@ -85,12 +86,12 @@ class Cluster:
     def _runtime(self, node: str) -> Path:
         return self._stage.directory / "nodes" / node
 
-    def _variables(self, node: str) -> dict[str, str]:
+    def _variables(self, node: str, nodes: int) -> dict[str, str]:
         return {
             "CKPTD_NODE": node,
             "CKPTD_RUNTIME_DIR": str(self._runtime(node)),
             "CKPTD_JOB": JOB,
-            "CKPTD_REDUNDANCY": REDUNDANCY,
+            "CKPTD_REDUNDANCY": REDUNDANCY if nodes == len(NODES) else "auto",
         }
 
 
@@ -119,26 +120,31 @@ class Launch:
 
 
 class Loss:
-    """Loses two nodes once, when every node knows of a protected snapshot from this launch."""
+    """Loses two of some nodes once, when every node knows of a protected snapshot from this launch."""
 
-    def __init__(self, cluster: Cluster, seed: int) -> None:
-        generator = random.Random(seed)
-        self.lost = tuple(sorted(generator.sample(NODES, 2)))
-        self.after_step = generator.randrange(STEPS // 4, STEPS // 2)
+    def __init__(self, cluster: Cluster, nodes: Sequence[str], generator: random.Random, after_step: int) -> None:
+        self.nodes = tuple(nodes)
+        self.lost = tuple(sorted(generator.sample(self.nodes, 2)))
+        self.after_step = after_step
         self.protected = self.trained = self.processes = 0
         self._cluster = cluster
 
     @property
     def replaced(self) -> list[str]:
-        """The nodes of the next launch, in the order of their ranks."""
+        """The nodes of a launch with replacements, in the order of their ranks."""
         new = dict(zip(self.lost, REPLACEMENTS, strict=True))
-        return [new.get(name, name) for name in NODES]
+        return [new.get(name, name) for name in self.nodes]
+
+    @property
+    def left(self) -> list[str]:
+        """The nodes of a launch without."""
+        return [name for name in self.nodes if name not in self.lost]
 
     def watch(self, run: Run, launch: Launch) -> None:
         """Called whenever the log was read."""
         if run.last_step < self.after_step or self.processes:
             return
-        known = [(self._cluster.status(name).get("newest") or {}).get("protected") or 0 for name in NODES]
+        known = [(self._cluster.status(name).get("newest") or {}).get("protected") or 0 for name in self.nodes]
         if min(known) > 0:
             self.processes = self._cluster.lose(self.lost)
             self.protected = min(known)
@@ -147,32 +153,59 @@ class Loss:
             self.trained = run.last_step
 
 
-def judge(reference: Run, run: Run, loss: Loss, after: dict[str, dict[str, Any]]) -> list[Finding]:
-    """Rows of the closing table. `after`: what each node's daemon says once training goes on."""
-    restored = run.incarnations[-1].steps[0]["statistics"]["restored"]
-    went_on = run.incarnations[-1].steps[0]["step"]
-    expected = {end["weights"] for end in reference.ends.values()}
-    found = {end["weights"] for end in run.ends.values()}
-    losses, wanted = run.losses(), reference.losses()
+def judge(
+    reference: Run, run: Run, first: Loss, second: Loss, after: Sequence[dict[str, dict[str, Any]]]
+) -> list[Finding]:
+    """Rows of the closing table. `after`: what each node's daemon says once training goes on, after each loss."""
+    expected = {line["step"]: line["weights"] for line in reference.incarnations[-1].steps}
+    four, two = after
     return [
-        Finding(
-            f"{len(NODES)} nodes, {REDUNDANCY}: SIGKILL",
-            f"nodes {' and '.join(loss.lost)}, {loss.processes} processes, after step {loss.trained}; "
-            f"step {loss.protected} was protected",
-        ),
-        *(_origin(node, rank, node in REPLACEMENTS, after[node]) for rank, node in enumerate(loss.replaced)),
-        Finding(
-            "nodes went on with step",
-            f"{went_on}, restored from {restored['source']}; there is no store",
-            restored["source"] == "memory" and loss.protected <= restored["step"] == went_on - 1,
-        ),
-        Finding(
-            "nodes: weights (SHA-256)",
-            f"{next(iter(found), 'none')[:16]}, {'equal' if found == expected else 'DIFFER'}; losses "
-            f"{'equal at every step' if losses == wanted else 'DIFFER'}",
-            len(expected) == 1 and found == expected and losses == wanted,
-        ),
+        _lost(first, f"{len(NODES)} nodes, {REDUNDANCY}: SIGKILL"),
+        *(_origin(node, rank, node in REPLACEMENTS, four[node]) for rank, node in enumerate(first.replaced)),
+        _went_on("four nodes went on with step", run, 1, first, expected),
+        _lost(second, "again: SIGKILL"),
+        *(_shared(node, rank, two[node]) for rank, node in enumerate(second.left)),
+        _went_on("two nodes went on with step", run, 2, second, expected),
+        _losses(reference, run),
     ]
+
+
+def _lost(loss: Loss, name: str) -> Finding:
+    return Finding(
+        name,
+        f"nodes {' and '.join(loss.lost)}, {loss.processes} processes, after step {loss.trained}; "
+        f"step {loss.protected} was protected",
+    )
+
+
+def _went_on(name: str, run: Run, number: int, loss: Loss, expected: dict[int, str]) -> Finding:
+    """From where a launch went on, and whether the weights it was given are those of the run without losses."""
+    incarnation = run.incarnations[number]
+    step, weights = incarnation.restored["step"], incarnation.restored["weights"]
+    source = incarnation.steps[0]["statistics"]["restored"]["source"]
+    equal = weights == expected.get(step)
+    return Finding(
+        name,
+        f"{step + 1}, restored from {source}; there is no store. Weights (SHA-256) {weights[:16]}, "
+        f"{'equal' if equal else 'DIFFER'}",
+        source == "memory" and loss.protected <= step == incarnation.steps[0]["step"] - 1 and equal,
+    )
+
+
+def _losses(reference: Run, run: Run) -> Finding:
+    """On four nodes every step is what it would have been; two nodes have half as many samples in a step."""
+    wanted, steps = reference.losses(), 0
+    equal = True
+    for incarnation in run.incarnations[:2]:
+        for line in incarnation.steps:
+            steps += 1
+            equal = equal and wanted[line["step"]] == {line["loss"]}
+    last = run.last_step == reference.last_step and len(run.ends) > 0
+    return Finding(
+        "nodes: losses",
+        f"{'equal' if equal else 'DIFFER'} at {steps} steps on four nodes; two nodes ended with step {run.last_step}",
+        equal and last,
+    )
 
 
 def _origin(node: str, rank: int, is_new: bool, status: dict[str, Any]) -> Finding:
@@ -187,32 +220,48 @@ def _origin(node: str, rank: int, is_new: bool, status: dict[str, Any]) -> Findi
     )
 
 
+def _shared(node: str, rank: int, status: dict[str, Any]) -> Finding:
+    """Where the bytes of a rank came from that has more than it had."""
+    lent = status.get("counters", {}).get("lent", 0)
+    decoded = ", what was lost decoded from data and parity" if lent else ""
+    return Finding(f"then rank {rank} on node {node}", f"own memory and the other node's{decoded}", lent > 0)
+
+
 def play(stage: Stage, seed: int, show: Show) -> list[Finding]:
     """The act; rows of the closing table."""
-    cluster = Cluster(stage)
-    loss = Loss(cluster, seed)
+    cluster, generator = Cluster(stage), random.Random(seed)
+    first = Loss(cluster, NODES, generator, generator.randrange(STEPS // 8, STEPS // 4))
+    second = Loss(cluster, first.replaced, generator, generator.randrange(STEPS // 2, 3 * STEPS // 4))
     reference = Run(stage.directory / "nodes-reference")
     launch = cluster.launch(NODES, "nodes-reference", reference.directory, "--no-ckptd")
     title = "four nodes, reference"
     follow(stage, "nodes-reference", launch, reference, lambda run: show(title, run.last_step, STEPS), TIMEOUT_S)
 
-    run, name = Run(stage.directory / "nodes"), "nodes-before"
-    launch = cluster.launch(NODES, name, run.directory)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not loss.processes:
-        if launch.poll() is not None or time.monotonic() > deadline:
-            raise DemoError(f"{name}: nothing was protected by step {run.last_step}\n{stage.tail(name)}")
-        run.read()
-        show("four nodes, two killed", run.last_step, STEPS)
-        loss.watch(run, launch)
-        time.sleep(0.02)
-
-    after: dict[str, dict[str, Any]] = {}
+    run, after = Run(stage.directory / "nodes"), ({}, {})
+    places = ((NODES, "four nodes, two killed"), (first.replaced, "four nodes, two killed again"))
+    for number, (loss, (names, title)) in enumerate(zip((first, second), places, strict=True)):
+        name = f"nodes-{number}"
+        launch = cluster.launch(names, name, run.directory)
+        deadline = time.monotonic() + TIMEOUT_S
+        while not loss.processes:
+            if launch.poll() is not None or time.monotonic() > deadline:
+                raise DemoError(f"{name}: nothing was protected by step {run.last_step}\n{stage.tail(name)}")
+            run.read()
+            show(title, run.last_step, STEPS)
+            _look(cluster, run, number, names, after[0])
+            if number == 0 or after[0]:
+                loss.watch(run, launch)
+            time.sleep(0.02)
 
     def watch(run: Run) -> None:
-        show("four nodes, two killed", run.last_step, STEPS)
-        if len(run.incarnations) == 2 and run.incarnations[1].steps and not after:
-            after.update({node: cluster.status(node) for node in loss.replaced})
+        show("two nodes", run.last_step, STEPS)
+        _look(cluster, run, 2, second.left, after[1])
 
-    follow(stage, "nodes-after", cluster.launch(loss.replaced, "nodes-after", run.directory), run, watch, TIMEOUT_S)
-    return judge(reference, run, loss, after)
+    follow(stage, "nodes-2", cluster.launch(second.left, "nodes-2", run.directory), run, watch, TIMEOUT_S)
+    return judge(reference, run, first, second, after)
+
+
+def _look(cluster: Cluster, run: Run, number: int, names: Sequence[str], found: dict[str, dict[str, Any]]) -> None:
+    """What the daemons say once a launch that has restored trains."""
+    if number and len(run.incarnations) == number + 1 and run.incarnations[number].steps and not found:
+        found.update({node: cluster.status(node) for node in names})

@@ -44,10 +44,11 @@ class Finding:
 
 @dataclasses.dataclass
 class Incarnation:
-    """One start of the two ranks: what rank 0 logged between it and the next one."""
+    """One start of the ranks: what rank 0 logged between it and the next one."""
 
     started: float
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    restored: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -81,6 +82,8 @@ class Run:
             self.pids[rank] = line["pid"]
             if rank == 0:
                 self.incarnations.append(Incarnation(line["time"]))
+        elif line["event"] == "restored" and rank == 0:
+            self.incarnations[-1].restored = line
         elif line["event"] == "step":
             self.incarnations[-1].steps.append(line)
         elif line["event"] == "end":

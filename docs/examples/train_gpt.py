@@ -225,6 +225,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--store", default=None, help="where checkpoints go; without it, memory only")
     parser.add_argument("--flush-every", type=int, default=500, help="steps between checkpoints in the store")
     parser.add_argument("--progress", type=Path, default=None, help="directory of the JSON lines; without it, printed")
+    parser.add_argument("--weights", action="store_true", help="log a checksum of the weights after every step")
     parser.add_argument("--no-ckptd", action="store_true", help="the same training without checkpoints")
     return parser.parse_args()
 
@@ -251,11 +252,14 @@ def main() -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, options.steps))
     data = StandardLibrary(size, rank, world_size, options.seed)
 
+    def weights() -> dict[str, str]:
+        return {"weights": digest(model.state_dict())} if options.weights else {}
+
     if options.no_ckptd:
         for step in range(1, options.steps + 1):
-            loss = train_step(model, optimizer, scheduler, data)
+            loss, found = train_step(model, optimizer, scheduler, data), weights()
             if rank == 0:
-                log(event="step", step=step, loss=loss)
+                log(event="step", step=step, loss=loss, **found)
         statistics = None
     else:
         with ckptd.Checkpointer(
@@ -263,10 +267,12 @@ def main() -> None:
             store=options.store,
             flush_every=options.flush_every,
         ) as ckpt:
+            if options.weights:
+                log(event="restored", step=ckpt.restore(), **weights())
             for step in ckpt.steps(options.steps):
-                loss = train_step(model, optimizer, scheduler, data)
+                loss, found = train_step(model, optimizer, scheduler, data), weights()
                 if rank == 0:
-                    log(event="step", step=step, loss=loss, statistics=ckpt.statistics())
+                    log(event="step", step=step, loss=loss, statistics=ckpt.statistics(), **found)
             statistics = ckpt.statistics()
 
     log(event="end", weights=digest(model.state_dict()), statistics=statistics)
