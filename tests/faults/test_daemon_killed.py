@@ -39,7 +39,7 @@ FLUSH = {
 CAPTURE = {
     "C: in a copy": Fault(COPY, "kill daemon", when="after", call=4),
     "S: after a commit": Fault(COMMIT, "kill daemon", when="after", call=4),
-    "S: a commit is heard of": Fault("ckptd.protocol.node:NodeMachine._outcome", call=4),
+    "S: a commit is heard of": Fault("ckptd.protocol.grants:Grants.hear", call=4),
     "a slot is handed to the keeper": Fault(KEEP, when="after", call=2, match="slot/"),
     "in a step": Fault("backward", "kill daemon", call=15),
 }

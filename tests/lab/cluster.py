@@ -42,7 +42,7 @@ class Cluster(Laboratory):
         names: str,
         *arguments: str,
         steps: int = 40,
-        pace: float = 0.01,
+        pace: float = 0.03,
         ranks_here: int = 1,
         parallel: str = "fsdp",
         faults: dict[str, Fault] | None = None,
