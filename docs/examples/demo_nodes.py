@@ -161,10 +161,10 @@ def judge(
     four, two = after
     return [
         _lost(first, f"{len(NODES)} nodes, {REDUNDANCY}: SIGKILL"),
-        *(_origin(node, rank, node in REPLACEMENTS, four[node]) for rank, node in enumerate(first.replaced)),
+        *(_origin(node, rank, node in REPLACEMENTS, four.get(node, {})) for rank, node in enumerate(first.replaced)),
         _went_on("four nodes went on with step", run, 1, first, expected),
         _lost(second, "again: SIGKILL"),
-        *(_shared(node, rank, two[node]) for rank, node in enumerate(second.left)),
+        *(_shared(node, rank, two.get(node, {})) for rank, node in enumerate(second.left)),
         _went_on("two nodes went on with step", run, 2, second, expected),
         _losses(reference, run),
     ]
@@ -264,4 +264,6 @@ def play(stage: Stage, seed: int, show: Show) -> list[Finding]:
 def _look(cluster: Cluster, run: Run, number: int, names: Sequence[str], found: dict[str, dict[str, Any]]) -> None:
     """What the daemons say once a launch that has restored trains."""
     if number and len(run.incarnations) == number + 1 and run.incarnations[number].steps and not found:
-        found.update({node: cluster.status(node) for node in names})
+        said = {node: cluster.status(node) for node in names}
+        if all(said.values()):  # a daemon that is busy is asked again
+            found.update(said)
