@@ -116,8 +116,7 @@ class Protection:
             self._give(holding)
 
     def met(self) -> None:
-        """The others have begun as well: what cannot be had from them from now on is not there. In a
-        thread."""
+        """The others have begun as well: what cannot be had from them from now on is not there. In a thread."""
         self._settled_s = time.monotonic() + SETTLE_S
 
     def _give(self, holding: Holding) -> None:
@@ -235,7 +234,7 @@ class Protection:
         try:
             if self._withdrawing:
                 await asyncio.wait(self._withdrawing)
-            await asyncio.to_thread(self._traced, task)
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._traced, task)
         except (CkptdError, OSError) as error:
             failure = error
         except Exception as error:
