@@ -257,6 +257,11 @@ void populate_pages(std::uint64_t address, std::uint64_t size, bool write) {
     }
 }
 
+std::uint64_t huge_pages(int descriptor, std::uint64_t offset, std::uint64_t size) {
+    nb::gil_scoped_release released;
+    return back_with_huge_pages(descriptor, offset, size);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -290,5 +295,6 @@ NB_MODULE(_native, module) {
                "sizes"_a.noconvert(), "targets"_a.noconvert(), "lengths"_a.noconvert(), nb::kw_only(),
                "crc"_a.noconvert() = nb::none(), "threads"_a = 1, "portable"_a = false);
     module.def("populate", &populate_pages, "address"_a, "size"_a, nb::kw_only(), "write"_a = true);
+    module.def("back_with_huge_pages", &huge_pages, "descriptor"_a, "offset"_a, "size"_a);
     define_cuda(module);
 }

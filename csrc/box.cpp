@@ -150,17 +150,17 @@ void for_each_position(const Dimension* dimensions, std::size_t count, const std
     }
 }
 
-// A slab whose short runs are packed on neither side goes through here.
+// A slab whose short runs are not packed in the target goes through here.
 std::byte* staging() {
     thread_local std::unique_ptr<std::byte[]> buffer(new std::byte[slab_bytes]);
     return buffer.get();
 }
 
+// The checksum is of what was copied, even where the source changes meanwhile.
 void copy_slab(const Box& slab, std::uint32_t* crc) {
     const auto bytes = static_cast<std::size_t>(slab.bytes());
-    if (slab.packed(&Dimension::source_stride)) {
+    if (slab.target == nullptr && slab.packed(&Dimension::source_stride)) {
         *crc = crc32c::extend(*crc, slab.source, bytes);
-        if (slab.target != nullptr) move_box(slab);
         return;
     }
     if (slab.target != nullptr && slab.packed(&Dimension::target_stride)) {

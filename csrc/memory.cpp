@@ -12,6 +12,9 @@ namespace {
 // From the kernel's headers, which may be older than the kernel.
 constexpr int advice_populate_read = 22;
 constexpr int advice_populate_write = 23;
+constexpr int advice_collapse = 25;
+
+constexpr std::size_t huge_page = std::size_t{2} << 20;
 
 }  // namespace
 
@@ -25,6 +28,36 @@ int populate(std::uintptr_t address, std::size_t size, bool write) {
         if (errno != EINTR) return errno;
     }
     return 0;
+}
+
+std::size_t back_with_huge_pages(int descriptor, std::size_t offset, std::size_t size) {
+    const std::size_t first = (offset + huge_page - 1) / huge_page * huge_page;
+    const std::size_t end = (offset + size) / huge_page * huge_page;
+    if (first >= end) return 0;
+    // Room for the range at an address that is aligned as its offset is: only such a mapping can be collapsed.
+    const std::size_t reserved = end - first + huge_page;
+    void* const room = mmap(nullptr, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (room == MAP_FAILED) return 0;
+    const std::size_t past = reinterpret_cast<std::uintptr_t>(room) % huge_page;
+    char* const aligned = static_cast<char*>(room) + (huge_page - past) % huge_page;
+    std::size_t backed = 0;
+    if (mmap(aligned, end - first, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, descriptor,
+             static_cast<off_t>(first)) != MAP_FAILED) {
+        const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+        while (backed < end - first) {
+            // The first small page has to be there; the others need not, which spares clearing and copying them.
+            if (populate(reinterpret_cast<std::uintptr_t>(aligned + backed), page, true) != 0) break;
+            int result = 0;
+            for (int tries = 0; tries < 3; ++tries) {
+                result = madvise(aligned + backed, huge_page, advice_collapse);
+                if (result == 0 || (errno != EAGAIN && errno != EINTR)) break;
+            }
+            if (result != 0) break;
+            backed += huge_page;
+        }
+    }
+    munmap(room, reserved);
+    return backed;
 }
 
 }  // namespace ckptd

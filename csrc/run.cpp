@@ -67,9 +67,10 @@ StreamLines choose_stream() {
 
 const StreamLines stream_lines = choose_stream();
 
+// The checksum is of what was copied, even where the source changes meanwhile.
 void copy_block(const std::byte* source, std::byte* target, std::size_t size, std::uint32_t* crc) {
-    if (crc != nullptr) *crc = crc32c::extend(*crc, source, size);
     std::memcpy(target, source, size);
+    if (crc != nullptr) *crc = crc32c::extend(*crc, target, size);
 }
 
 // Starts loading a block while the one before it is worked on, which leaves the memory no pause.
@@ -81,11 +82,17 @@ void copy_streamed(const std::byte* source, std::byte* target, std::size_t size,
     const std::size_t head = -reinterpret_cast<std::uintptr_t>(target) % line_bytes;
     copy_block(source, target, head, crc);
     const std::size_t end = size - (size - head) % line_bytes;
+    // What is streamed is in no cache: its checksum is taken of a block on the way, which stays in the nearest.
+    alignas(line_bytes) std::byte block[block_bytes];
     for (std::size_t at = head; at < end;) {
         const std::size_t length = std::min(block_bytes, end - at);
         if (end - at >= 2 * block_bytes) prefetch_block(source + at + block_bytes);
-        if (crc != nullptr) *crc = crc32c::extend(*crc, source + at, length);
-        stream_lines(source + at, target + at, length);
+        if (crc == nullptr) {
+            stream_lines(source + at, target + at, length);
+        } else {
+            copy_block(source + at, block, length, crc);
+            stream_lines(block, target + at, length);
+        }
         at += length;
     }
     copy_block(source + end, target + end, size - end, crc);

@@ -30,6 +30,7 @@ __all__ = [
     "Cuda",
     "CudaCopy",
     "address_of",
+    "back_with_huge_pages",
     "byteplanes_join",
     "byteplanes_split",
     "copy_boxes",
@@ -96,8 +97,7 @@ def copy_boxes(
     big boxes are split among them. Raises ValueError for arrays of the wrong shape or dtype and for impossible jobs,
     before a byte is copied.
 
-    Sources must not change meanwhile: bytes are read once for the checksum and again, from the cache, for the copy.
-    Who does not trust the source copies first and takes the checksum of the copy.
+    A checksum is of the bytes that were copied, even if the source changes meanwhile.
     """
     _native.copy_boxes(source, target, sizes, source_strides, target_strides, itemsize, crc=crc, threads=threads)
 
@@ -108,7 +108,8 @@ def helpers_cpu_s() -> float:
 
 
 def copy_bytes(source_address: int, target: BufferLike, crc: bool = True) -> int:
-    """Fills the writable contiguous `target` from an address; returns the CRC-32C of its bytes (0 without `crc`)."""
+    """Fills the writable contiguous `target` from an address; returns the CRC-32C of what was copied (0 without `crc`),
+    even if the source changes meanwhile."""
     return _native.copy_bytes(source_address, target, crc)
 
 
@@ -182,3 +183,13 @@ def populate(address: int, size: int, *, write: bool = True) -> None:
     EINVAL: the kernel is older than 5.14; EFAULT: a page cannot be had, ENOMEM: part of the range is not mapped.
     """
     _native.populate(address, size, write=write)
+
+
+def back_with_huge_pages(descriptor: int, offset: int, size: int) -> int:
+    """Backs a range of a memfd with pages of 2 MiB as far as they are to be had; returns the bytes that now lie there.
+
+    The bytes stay as they are, and what is not backed stays as it was: nothing depends on it but speed, so this is
+    never an error. Whole pages within the range only. Linux 6.1 and newer, whatever transparent huge pages are set to
+    (MADV_COLLAPSE, madvise(2)).
+    """
+    return _native.back_with_huge_pages(descriptor, offset, size)

@@ -11,8 +11,8 @@ A slot is one memfd of one rank with room for one snapshot of that rank, and des
 What never changes (frozen tensors) lies once in a region that the slots of a rank share: one more memfd of the same
 form, whose `identity` - of its table and its checksums - is part of the layout digest of each of them.
 
-The trainer writes, the daemon and other readers only read, by descriptor; they copy bytes out first and verify the
-copy. Sealed against shrinking and growing, so that a reader never meets SIGBUS.
+The trainer writes, the daemon and other readers only read, and verify the copy that they have made. Sealed against
+shrinking and growing, so that a reader never meets SIGBUS.
 The ledger is one more memfd, written by the daemon alone: its NodeState, twice, in turn.
 """
 
@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from ckptd.core.catalog import Catalog
 from ckptd.core.errors import CorruptionError, DaemonError, FormatError
-from ckptd.core.native import address_of, crc32c, populate
+from ckptd.core.native import address_of, copy_bytes, crc32c, populate
 from ckptd.core.types import SnapshotId
 from ckptd.format.objects import unpack_table
 from ckptd.format.table import decode_table, encode_table
@@ -39,8 +39,6 @@ from ckptd.plan.share import OBJECTS_FILE, Read, object_rows, share_objects, sha
 from ckptd.tiers.memory import is_sealed, sealed_memory
 
 PAGE = 4096
-READ_BYTES = 256 * 1024
-"""Copied and checksummed at a time, so that the checksum finds the bytes in cache."""
 
 FROZEN_FILE = 2
 """`file` column of rows whose bytes lie in the frozen region (0: in the slot; OBJECTS_FILE: objects)."""
@@ -136,6 +134,7 @@ class Slot:
         self.geometry = geometry
         self.region = region
         self._mapping: mmap.mmap | None = None
+        self._view: mmap.mmap | None = None
         self._catalog: Catalog | None = None
 
     @classmethod
@@ -288,15 +287,12 @@ class Slot:
         if file == FROZEN_FILE and self.region is not None:
             self.region.read(offset, crc, into)
             return
-        end = len(into)
-        if offset < 0 or offset + end > self.geometry.data_bytes:
+        if offset < 0 or offset + len(into) > self.geometry.data_bytes:
             raise FormatError(f"slot of rank {self.geometry.rank}: a chunk lies outside its data")
-        found = 0
-        for start in range(0, end, READ_BYTES):
-            piece = into[start : min(start + READ_BYTES, end)]
-            if os.preadv(self.descriptor, [piece], self.geometry.data_offset + offset + start) != len(piece):
-                raise CorruptionError(f"slot of rank {self.geometry.rank}: short read")
-            found = crc32c(piece, found)
+        view = self._view  # which lives as long as this reads, whoever closes the slot meanwhile
+        if view is None:
+            view = self._view = mmap.mmap(self.descriptor, self.geometry.size, access=mmap.ACCESS_READ)
+        found = copy_bytes(address_of(view) + self.geometry.data_offset + offset, into)
         if found != crc:
             raise CorruptionError(
                 f"slot of rank {self.geometry.rank}: chunk at {offset}: CRC32C {found:08x}, expected {crc:08x}"
@@ -305,6 +301,7 @@ class Slot:
     def close(self) -> None:
         """Unmaps and closes; the memory lives as long as somebody else holds the memfd. Idempotent."""
         self.unmap()
+        self._view = None
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -300,3 +302,30 @@ def test_the_most_dimensions() -> None:
     )
     native.copy_boxes(arguments[SOURCE], arguments[TARGET], sizes, source_strides, target_strides, arguments[ITEMSIZE])
     np.testing.assert_array_equal(target, source)
+
+
+@pytest.mark.parametrize("shape", [(1 << 21,), (1 << 18, 8), (1 << 20, 2)])
+def test_the_checksum_is_of_what_was_copied_while_the_source_changes(shape: tuple[int, ...]) -> None:
+    """In one run (streamed past the caches), packed on the source's side alone, on the target's alone."""
+    source = np.zeros(shape, np.uint8)
+    stopped = threading.Event()
+
+    def change() -> None:
+        for value in itertools.cycle(range(256)):
+            if stopped.is_set():
+                return
+            source.fill(value)  # numpy lets go of the GIL
+
+    writing = threading.Thread(target=change)
+    writing.start()
+    try:
+        for target in (np.zeros(shape, np.uint8), np.zeros(shape[::-1], np.uint8).T):
+            for _ in range(100):
+                (found,) = copy([(source, target)])
+                assert found == native.crc32c(target.tobytes())
+            if len(shape) > 1:
+                (found,) = copy([(source.T, target.T)])
+                assert found == native.crc32c(target.T.tobytes())
+    finally:
+        stopped.set()
+        writing.join()

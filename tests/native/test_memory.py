@@ -1,14 +1,17 @@
-"""Population of mapped memory, as the kernel reports it."""
+"""Population and huge pages of memory, as the kernel reports them."""
 
 from __future__ import annotations
 
 import errno
 import mmap
+import os
 from pathlib import Path
 
 import pytest
 
 from ckptd.core import native
+
+HUGE = 2 * 1024 * 1024
 
 
 def resident_pages(address: int) -> int:
@@ -38,3 +41,45 @@ def test_populate_of_what_is_not_mapped_is_an_os_error() -> None:
     with pytest.raises(OSError, match=r"allocate|argument") as caught:
         native.populate(address, 2**46)
     assert caught.value.errno in (errno.ENOMEM, errno.EINVAL)
+
+
+def test_huge_pages_leave_bytes_and_size_as_they_are() -> None:
+    """Whole huge pages within the range are backed, nothing outside it; where the kernel has none, nothing is."""
+    size = 3 * HUGE + 5 * mmap.PAGESIZE
+    descriptor = os.memfd_create("test")
+    try:
+        os.ftruncate(descriptor, size)
+        os.pwrite(descriptor, b"before", HUGE - 3)
+        os.pwrite(descriptor, b"end", size - 3)
+        backed = native.back_with_huge_pages(descriptor, mmap.PAGESIZE, size - mmap.PAGESIZE)
+        assert backed in (0, 2 * HUGE)
+        assert os.pread(descriptor, 6, HUGE - 3) == b"before"
+        assert os.pread(descriptor, 3, size - 3) == b"end"
+        assert os.pread(descriptor, HUGE, 2 * HUGE) == bytes(HUGE)
+        resident = os.fstat(descriptor).st_blocks * 512
+        assert resident >= backed
+        assert resident <= backed + 4 * mmap.PAGESIZE + (HUGE if backed == 0 else 0)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("size", [0, 4096, HUGE - 1])
+def test_less_than_a_huge_page_is_not_backed(size: int) -> None:
+    descriptor = os.memfd_create("test")
+    try:
+        os.ftruncate(descriptor, max(size, 1))
+        assert native.back_with_huge_pages(descriptor, 0, size) == 0
+        assert os.fstat(descriptor).st_blocks == 0
+    finally:
+        os.close(descriptor)
+
+
+def test_no_huge_pages_of_what_is_no_memory() -> None:
+    """Never an error."""
+    reading, writing = os.pipe()
+    try:
+        for descriptor in (-1, reading):
+            assert native.back_with_huge_pages(descriptor, 0, 2 * HUGE) == 0
+    finally:
+        os.close(reading)
+        os.close(writing)

@@ -24,7 +24,7 @@ from ckptd.core.errors import CorruptionError, FormatError
 from ckptd.core.native import crc32c, crc32c_combine
 from ckptd.core.types import SnapshotId
 from ckptd.plan.stripe import PIECE_BYTES
-from ckptd.tiers.arena import FROZEN_FILE, MAX_SLOT_BYTES, PAGE, READ_BYTES, Slot
+from ckptd.tiers.arena import FROZEN_FILE, MAX_SLOT_BYTES, PAGE, Slot
 from ckptd.tiers.memory import sealed_memory
 from ckptd.tiers.peers import Cancellation, Extent, Extents, Fragments, memories_of, string_of
 from ckptd.tiers.peers.wire import MOST_STRING_BYTES
@@ -34,6 +34,9 @@ MOST_RECORD_BYTES = 2**24
 """Enough for a string of 16 TiB."""
 
 MOST_SLOTS = 4096
+
+_BLOCK_BYTES = 256 * 1024
+"""Copied and checksummed at a time, so that the checksum finds the bytes in cache."""
 
 Pages = Annotated[int, msgspec.Meta(gt=0, le=MAX_SLOT_BYTES, multiple_of=PAGE)]
 Ints = npt.NDArray[np.int64]
@@ -245,12 +248,12 @@ def _checksums(
     offsets = np.unique(np.concatenate([np.array([0, size], np.int64), _grid(size)[0], *cuts]))
     ends = offsets[1:].tolist()
     crc = [0] * len(ends)
-    string, block = Extents(extents), bytearray(READ_BYTES)
+    string, block = Extents(extents), bytearray(_BLOCK_BYTES)
     fragment = 0
     try:
-        for start in range(0, size, READ_BYTES):
+        for start in range(0, size, _BLOCK_BYTES):
             turn()
-            copy = memoryview(block)[: min(READ_BYTES, size - start)]
+            copy = memoryview(block)[: min(_BLOCK_BYTES, size - start)]
             string.copy(start, copy)
             done = 0
             while done < len(copy):
