@@ -21,6 +21,8 @@ FORMATTED := $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.c csrc/*.h)
 demo: install
 	$(BIN)/python docs/examples/demo.py $(DEMO_FLAGS)
 
+# Most tests start processes, hundreds in all: what they import is compiled once, also where the environment says not to.
+test: export PYTHONDONTWRITEBYTECODE =
 test: install
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 

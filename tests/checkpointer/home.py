@@ -9,8 +9,8 @@ from pathlib import Path
 import psutil
 
 from ckptd.daemon.client import Control, jobs
+from tests.checkpointer.training import until
 
-GONE_S = 10.0
 LINGER_S = 60.0
 """What a failed test leaves behind goes by itself."""
 
@@ -36,7 +36,8 @@ class Home:
         return sorted(int(folder.parent.name.split(".")[0].removeprefix("step-")) for folder in folders)
 
     def processes(self) -> list[psutil.Process]:
-        """Daemons and keepers of this node that run now."""
+        """Daemons and keepers of this node that run now. Those whose end nobody has collected have no environment any
+        more, and are none: the machine's first process may take seconds for that."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -61,8 +62,7 @@ class Home:
 
     def assert_nothing_left(self) -> None:
         """No daemon, no keeper, no file of theirs."""
-        _, alive = psutil.wait_procs(self.processes(), timeout=GONE_S)
-        assert not alive, f"left behind: {[' '.join(process.cmdline()) for process in alive]}\n{self.logs()}"
+        until(lambda: not self.processes(), lambda: f"still there: {self.processes()}\n{self.logs()}")
         assert not self.runtime.exists(), f"left behind: {sorted(self.runtime.rglob('*'))}\n{self.logs()}"
 
     def logs(self) -> str:

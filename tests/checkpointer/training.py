@@ -47,9 +47,9 @@ def weights_after(steps: int) -> list[list[float]]:
     return training.weights
 
 
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for another process to do something."""
+def until(condition: Callable[[], bool], otherwise: Callable[[], str] = lambda: "it does not happen") -> None:
+    """Waits for another process to do something; fails with what `otherwise` says."""
     deadline = time.monotonic() + UNTIL_S
     while not condition():
-        assert time.monotonic() < deadline, "it does not happen"
+        assert time.monotonic() < deadline, otherwise()
         time.sleep(0.005)
