@@ -64,6 +64,10 @@ def find_problems(status: Mapping[str, Any]) -> list[str]:
     if "unreachable" in status:
         return [f"the daemon does not answer: {status['unreachable']}"]
     problems = [f"rank {rank['rank']} is dead" for rank in status.get("ranks", ()) if not rank["alive"]]
+    for lost in status.get("not_reached", ()):
+        lasting = output.format_seconds(lost["for_s"])
+        problems.append(f"node {lost['node']} is not reached for {lasting}, and nothing is protected: {lost['why']}")
+    problems += [f"protection fails: {failure}" for failure in status.get("failing", ())]
     if status.get("last_error"):
         problems.append(f"last error: {status['last_error']}")
     return problems
@@ -84,12 +88,14 @@ def _lines(status: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [("epoch", f"{status.get('epoch') or 'none yet'} on node {status.get('node')}")]
     unnamed = "none: memory only" if status.get("epoch") else "not told yet"
     lines.append(("store", str(status.get("store") or unnamed)))
+    if (status.get("nodes") or 1) > 1:
+        lines.append(("nodes", f"{status['nodes']}, of which each group may lose {status['parity']}"))
     ranks = status.get("ranks") or []
     lines.append(("ranks", "; ".join(_rank(rank) for rank in ranks) or "none connected"))
     lines.append(("newest", ", ".join(_level(status, level) for level in _LEVELS)))
     slots = status.get("slots") or []
     lines.append(("slots", ", ".join(_slot(slot) for slot in slots) or "none"))
-    lines.append(("memory", output.format_bytes(status.get("memory_bytes") or 0)))
+    lines.append(("memory", _memory(status)))
     lines.append(("flush", _flush(status.get("flush"))))
     counters = status.get("counters") or {}
     lines.append(("counted", ", ".join(f"{counters[name]} {name}" for name in sorted(counters)) or "nothing yet"))
@@ -108,6 +114,11 @@ def _rank(rank: Mapping[str, Any]) -> str:
 def _level(status: Mapping[str, Any], level: str) -> str:
     step = (status.get("newest") or {}).get(level)
     return f"{level} {'-' if step is None else step}"
+
+
+def _memory(status: Mapping[str, Any]) -> str:
+    held, parity = status.get("memory_bytes") or 0, status.get("parity_bytes") or 0
+    return output.format_bytes(held) + (f", and {output.format_bytes(parity)} of parities" if parity else "")
 
 
 def _slot(slot: Mapping[str, Any]) -> str:

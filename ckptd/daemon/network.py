@@ -5,7 +5,8 @@ under way. What crosses the network, and how it is secured, is tiers/peers; what
 What a later daemon needs to go on is in memory that the keeper holds: keys never touch a disk.
 
 Invariants: a message that cannot be delivered is dropped, since everything is said again; to one node one message is
-under way at a time, and of facts and decisions only the newest wait.
+under way at a time, and of facts and decisions only the newest wait. A node is not reached from the second message in a
+row on that fails until one arrives.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -49,6 +51,12 @@ MEET_S = 20.0
 """How long another node may take to answer for the first time."""
 
 MEET_AGAIN_S = 0.2
+
+PULL_S = 30.0
+"""How long each request of a pull may take."""
+
+GREET_S = 5.0
+"""A node that there was nothing to say to for so long is greeted, so that it is known whether it can be reached."""
 
 SERVER_S = 1.0
 """How long calls of the others may take to end with the server."""
@@ -85,10 +93,11 @@ class _Kept(msgspec.Struct, frozen=True):
 class Network:
     """See the module docstring. Methods are called on the loop's thread, unless said otherwise."""
 
-    def __init__(self, job: Job, node: str, ledger: Ledger, answer: Question) -> None:
+    def __init__(self, job: Job, node: str, ledger: Ledger, answer: Question, lost: Callable[[], None]) -> None:
+        """`lost`: a node is not reached any more."""
         self.sources = Sources()
         self.throttle = Throttle()
-        self._job, self._node, self._ledger, self._answer = job, node, ledger, answer
+        self._job, self._node, self._ledger, self._answer, self._lost = job, node, ledger, answer, lost
         self._kept: _Kept | None = None
         self._directory: Directory | None = None
         """Of the epoch that has begun; what is kept may be of the next one."""
@@ -175,7 +184,8 @@ class Network:
         self._server, self._listener = giving_way(PROTECTING, lambda: PeerServer(*given)), None
         others = [member for member in kept.directory.members if member.node != self._node]
         self._peers = {
-            member.node: Peer(credentials, member, throttle=self.throttle, streams=STREAMS) for member in others
+            member.node: Peer(credentials, member, throttle=self.throttle, streams=STREAMS, deadline_s=PULL_S)
+            for member in others
         }
         self._pulling = Peers(self._peers, streams=THREADS)
 
@@ -249,27 +259,54 @@ class Network:
     def tell(self, node: str, key: str, message: cluster.BetweenDaemons) -> None:
         """Sends a message when the ones before have arrived; one that waits under the same `key` gives way to it."""
         if node in self._peers:
-            outbox = self._outboxes.setdefault(node, _Outbox())
-            outbox.waiting[key] = cluster.encode(message)
+            outbox = self._outboxes.setdefault(node, _Outbox(self._loop.time()))
+            outbox.waiting[key] = "tell", cluster.encode(message)
             self._push(node, outbox)
+
+    def greet(self, nodes: Sequence[str]) -> None:
+        """Sees whether some nodes can be reached, where there was nothing to say to them for a while."""
+        for node in nodes:
+            outbox = self._outboxes.setdefault(node, _Outbox(self._loop.time()))
+            if not outbox.busy and self._loop.time() - outbox.ended_s >= GREET_S:
+                outbox.waiting["meet"] = "meet", b""
+                self._push(node, outbox)
+
+    def unreached(self) -> list[dict[str, Any]]:
+        """The nodes that are not reached: since how many seconds, and why."""
+        now = self._loop.time()
+        return [
+            {"node": node, "for_s": now - box.failing_s, "why": box.why}
+            for node, box in sorted(self._outboxes.items())
+            if box.lost and box.failing_s is not None
+        ]
 
     def _push(self, node: str, outbox: _Outbox) -> None:
         if outbox.busy or not outbox.waiting:
             return
-        key = next(iter(outbox.waiting))
-        body = outbox.waiting.pop(key)
+        kind, body = outbox.waiting.pop(next(iter(outbox.waiting)))
         outbox.busy = True
-        peer = self._peers[node]
 
         def sent(future: asyncio.Future[bytes]) -> None:
             outbox.busy = False
-            error = None if future.cancelled() else future.exception()
-            if error is not None and not isinstance(error, DeadlineError | DaemonError):
-                log.warning("a message to node %s: %s", node, error)
-            if self._outboxes.get(node) is outbox:
+            if self._outboxes.get(node) is outbox and not future.cancelled():
+                self._sent(node, outbox, future.exception())
                 self._push(node, outbox)
 
-        self._loop.run_in_executor(self._threads, peer.ask, "tell", body, MESSAGE_S).add_done_callback(sent)
+        self._loop.run_in_executor(self._threads, self._peers[node].ask, kind, body, MESSAGE_S).add_done_callback(sent)
+
+    def _sent(self, node: str, outbox: _Outbox, error: BaseException | None) -> None:
+        """One message may be lost on the way; a second one in a row means that the node is not reached."""
+        outbox.ended_s, lost = self._loop.time(), outbox.lost
+        outbox.lost = error is not None and outbox.failing_s is not None
+        if error is None:
+            outbox.failing_s = None
+        else:
+            outbox.failing_s, outbox.why = outbox.failing_s or outbox.ended_s, str(error)
+        if outbox.lost and not lost:
+            log.warning("node %s is not reached: %s", node, error)
+            self._lost()
+        elif lost and not outbox.lost:
+            log.info("node %s is reached again", node)
 
     def offer(self, snapshot: SnapshotId, what: str, content: bytes) -> int:
         """Others may pull it, in the place of what was offered as the same before; its size. Who asks for what is
@@ -330,11 +367,15 @@ class Network:
 
 
 class _Outbox:
-    """What is to be said to one node."""
+    """What is to be said to one node: key -> kind, body; and how the last message ended. `failing_s`: when the first of
+    those in a row that failed did, `why` the last did."""
 
-    def __init__(self) -> None:
-        self.waiting: dict[str, bytes] = {}
-        self.busy = False
+    def __init__(self, now_s: float) -> None:
+        self.waiting: dict[str, tuple[str, bytes]] = {}
+        self.busy = self.lost = False
+        self.ended_s = now_s
+        self.failing_s: float | None = None
+        self.why = ""
 
 
 def decode_directory(raw: bytes) -> Directory:

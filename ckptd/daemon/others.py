@@ -62,7 +62,7 @@ class Others:
         trace: Trace,
     ) -> None:
         self._machine, self._arena, self._pieces, self._acted = machine, arena, pieces, acted
-        self._network = Network(job, node, arena.network, self._answer)
+        self._network = Network(job, node, arena.network, self._answer, lambda: machine.state.count("not_reached"))
         self._protection = Protection(machine, self._network, arena, acted, trace)
         self._node = node
         self._said: dict[int, bytes] = {}
@@ -109,15 +109,19 @@ class Others:
 
     def meet(self) -> None:
         """Raises ConfigError for a node that this one works with and cannot talk to. In a thread."""
+        self._network.meet(self._neighbours())
+        self._protection.met()
+
+    def _neighbours(self) -> list[str]:
+        """The nodes that this one works with: its group, and those above and below it."""
         state, names = self._machine.state.cluster, self._network.names
-        if state.number is None or state.membership is None:
-            return
+        if state.number is None or state.membership is None or len(names) < len(state.membership.arenas):
+            return []
         parent = parent_of(state.number)
         children = children_of(state.number, len(state.membership.arenas))
         wanted = {*state.membership.shape.group_of(state.number), *children}
         wanted |= set() if parent is None else {parent}
-        self._network.meet([names[number] for number in sorted(wanted - {state.number})])
-        self._protection.met()
+        return [names[number] for number in sorted(wanted - {state.number})]
 
     async def invite(self, message: m.Invite) -> m.Invited:
         """What other members of the epoch that has begun here promise for the next one, as far as they answer. Raises
@@ -196,10 +200,17 @@ class Others:
         if now_s - self._said_at >= REPEAT_S:
             self._said_at = now_s
             self._machine.job.repeat()
+            self._network.greet(self._neighbours())
         if now_s - self._scrubbed_at >= SCRUB_S:
             if self._scrubbed_at:
                 self._machine.job.scrub()
             self._scrubbed_at = now_s
+
+    def report(self) -> dict[str, Any]:
+        """What keeps snapshots from being protected; JSON-able."""
+        neighbours = self._neighbours()
+        unreached = [found for found in self._network.unreached() if found["node"] in neighbours]
+        return {"not_reached": unreached, "failing": self._protection.failing}
 
     def said(self) -> dict[int, bytes]:
         """What ranks of other nodes have said of their states."""

@@ -89,6 +89,13 @@ class Protection:
         self._withdrawing: set[asyncio.Future[None]] = set()
         self._lent: dict[tuple[SnapshotId, tuple[int, ...]], asyncio.Future[list[Slot]]] = {}
         self._settled_s = math.inf
+        self._failing: dict[str, str] = {}
+        """Kind of work -> how it has failed last, until it succeeds."""
+
+    @property
+    def failing(self) -> list[str]:
+        """What cannot be done at the moment, and why."""
+        return list(self._failing.values())
 
     @property
     def _state(self) -> ClusterState:
@@ -99,6 +106,7 @@ class Protection:
         self._stop(lambda snapshot, kind: True)
         self._give_back()
         self._settled_s = math.inf
+        self._failing.clear()
         if self._protector is not None:
             self._protector.close()
             self._protector = None
@@ -251,9 +259,10 @@ class Protection:
         elif failure is not None:
             log.warning("%s of %s: %s", kind, task.name, failure)
             self._machine.state.count("protection_errors")
-            self._machine.state.last_error = f"{kind} of {task.name}: {failure}"[:MAX_TEXT]
+            self._failing[kind] = f"{kind} of {task.name}: {failure}"[:MAX_TEXT]
             self._failed(action, failure, final=task.began_s >= self._settled_s)
         else:
+            self._failing.pop(kind, None)
             self._done(task)
         self._acted()
 

@@ -504,6 +504,7 @@ class Daemon:
             "node": node_name(),
             "pid": os.getpid(),
             "parity_bytes": self._arena.parity_bytes,
+            **self._others.report(),
             "flush": None if progress is None else progress.report(),
         }
 

@@ -307,7 +307,8 @@ class NodeMachine:
 
     def _compatible(self, peer: int, protocol: int, job: str) -> bool:
         if protocol != m.PROTOCOL:
-            self._voice.refuse(peer, "VersionError", f"protocol {protocol}; this daemon speaks {m.PROTOCOL}")
+            text = f"protocol {protocol}; this daemon speaks {m.PROTOCOL}: it was started by another version, stop it"
+            self._voice.refuse(peer, "VersionError", text)
         elif job != self.state.job:
             self._voice.refuse(peer, "DaemonError", f"job {job!r}; this daemon serves {self.state.job!r}")
         else:

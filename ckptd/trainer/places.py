@@ -9,14 +9,15 @@ import dataclasses
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from ckptd.core.config import World, node_name, runtime_dir
-from ckptd.core.errors import ConfigError
+from ckptd.core.errors import ConfigError, VersionError
 from ckptd.plan.stripe import plan_groups
+from ckptd.protocol import messages as m
 from ckptd.protocol.cluster.facts import Shape
 from ckptd.trainer.collective import Group
 
@@ -24,8 +25,9 @@ log = logging.getLogger("ckptd")
 
 
 class _Place(msgspec.Struct, array_like=True):
-    """What a rank says of itself."""
+    """What a rank says of itself. `protocol` is the first field in every version."""
 
+    protocol: int
     node: str
     domain: str
     local_rank: int
@@ -45,10 +47,11 @@ class Places:
     @classmethod
     def find(cls, group: Group, world: World, redundancy: str, environ: Mapping[str, str] = os.environ) -> Places:
         """Collective. Raises ConfigError, the same on every rank, where two nodes have one name, or the nodes cannot
-        give the `redundancy`."""
+        give the `redundancy`; VersionError where not all run the same version."""
         node = node_name(environ)
-        own = _Place(node, environ.get("CKPTD_FAILURE_DOMAIN") or node, world.local_rank, _home(environ))
+        own = _Place(m.PROTOCOL, node, environ.get("CKPTD_FAILURE_DOMAIN") or node, world.local_rank, _home(environ))
         said = group.all_gather(msgspec.msgpack.encode(own))
+        _check_versions(said)
         places = [msgspec.msgpack.decode(data, type=_Place) for data in said]
         _check_names(places)
         nodes = tuple(dict.fromkeys(place.node for place in places))
@@ -80,6 +83,17 @@ def _home(environ: Mapping[str, str]) -> tuple[str, int, int, str]:
     found = there.stat()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return boot, found.st_dev, found.st_ino, str(directory.relative_to(there))
+
+
+def _check_versions(said: Sequence[bytes]) -> None:
+    """All ranks speak one protocol; of what another version says only the first field is looked at."""
+    versions = [msgspec.msgpack.decode(data, type=list[object])[0] for data in said]
+    other = next((rank for rank, version in enumerate(versions) if version != versions[0]), None)
+    if other is not None:
+        raise VersionError(
+            f"rank 0 speaks protocol {versions[0]}, rank {other} speaks {versions[other]}: install one version of "
+            "ckptd on all nodes"
+        )
 
 
 def _check_homes(places: list[_Place]) -> None:

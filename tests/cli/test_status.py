@@ -138,6 +138,27 @@ def test_a_job_that_is_not(daemons: type[FakeControl]) -> None:
     assert jobs[0]["ranks"] == answer["ranks"]
 
 
+def test_a_job_on_several_nodes(daemons: type[FakeControl]) -> None:
+    """Who is not reached and what cannot be done is named, with its reason, and is gone when it is over."""
+    answer = WELL | {
+        "nodes": 4,
+        "parity": 2,
+        "parity_bytes": 2**19,
+        "not_reached": [{"node": "node-c", "for_s": 65.0, "why": "node node-c at 10.0.0.3:7: did not answer"}],
+        "failing": ["Encode of 3-00000000000000aa@512: no memory"],
+    }
+    daemons.answers["/ckpts/run-1"] = answer
+    code, out, _ = call("status")
+    assert code == 1
+    assert "nodes     4, of which each group may lose 2\n" in out
+    assert "memory    2.0 MiB, and 512.0 KiB of parities\n" in out
+    lost = "PROBLEM   node node-c is not reached for 1m 5s, and nothing is protected: "
+    assert f"{lost}node node-c at 10.0.0.3:7: did not answer\n" in out
+    assert "PROBLEM   protection fails: Encode of 3-00000000000000aa@512: no memory\n" in out
+    daemons.answers["/ckpts/run-1"] = answer | {"not_reached": [], "failing": []}
+    assert call("status")[0] == 0
+
+
 @pytest.mark.parametrize(
     "error", [DaemonError("no daemon of job 'x' on this node: refused"), DeadlineError("no answer")]
 )

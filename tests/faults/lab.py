@@ -61,7 +61,8 @@ class Fault:
     `point`: module:function, or a moment that train.py names ("step", "backward"). `match`: only where this pattern
     is found in the arguments or the file's path. `action`: "kill" or "stop" (itself, or the roles named after it),
     "hold" (until released), "EIO", "ENOSPC" (raised), "note" (the arguments go into a file). A `lasting` one repeats
-    from the `call`-th passing on, until disarmed.
+    from the `call`-th passing on, until disarmed. "set VALUE": the module's name `point` has this value (JSON) instead,
+    from the start of a process on.
     """
 
     point: str

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.faults.inject import sitecustomize as inject
 from tests.faults.lab import Planned, until
+from tests.lab.lan import Lan
 from tests.lab.ranks import Host
 
 ROLES = ("keeper", "daemon")
@@ -17,9 +18,10 @@ ROLES = ("keeper", "daemon")
 class Hosts(Planned):
     """Use as a context manager: whatever happens, none of their processes lives on."""
 
-    def __init__(self, folder: Path, job: str = "a job") -> None:
+    def __init__(self, folder: Path, job: str = "a job", lan: Lan | None = None) -> None:
+        """`lan`: where the nodes are, each in a network namespace of its own."""
         super().__init__(folder)
-        self._job = job
+        self._job, self._lan = job, lan
         self._numbers = itertools.count()
         self._made: list[Host] = []
         self.plan({})
@@ -35,13 +37,20 @@ class Hosts(Planned):
         made = []
         for number in itertools.islice(self._numbers, count):
             name = f"n{number}"
-            host = Host(self._job, name, self.folder / name, {"CKPTD_TEST_FAULTS": str(self._plan), **variables})
+            host = self._host(name, {"CKPTD_TEST_FAULTS": str(self._plan), **variables})
             self._made.append(host)
             made.append(host)
             host.start()
         for host in made:
             host.wait()
         return made
+
+    def _host(self, name: str, variables: dict[str, str]) -> Host:
+        if self._lan is None:
+            return Host(self._job, name, self.folder / name, variables)
+        address = self._lan.join()
+        own = {"CKPTD_ADDRESS": address, **variables}
+        return Host(self._job, name, self.folder / name, own, self._lan.prefix(address))
 
     def lose(self, *hosts: Host) -> None:
         """SIGKILL to all processes of these nodes, at one moment; their runtime directories are gone with them."""

@@ -86,6 +86,7 @@ class Host(Node):
     ) -> None:
         super().__init__(job, runtime)
         self.name, self._prefix = name, prefix
+        self.lan_address = variables.get("CKPTD_ADDRESS", "")
         own = {"CKPTD_NODE": name, "CKPTD_RUNTIME_DIR": str(runtime), "MASTER_ADDR": "127.0.0.1"}
         self.variables = {**own, **variables}
 

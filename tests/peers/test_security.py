@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from ckptd.core.errors import CkptdError, ConfigError, DaemonError, FormatError
+from ckptd.core.errors import CkptdError, ConfigError, DaemonError, FormatError, VersionError
 from ckptd.core.types import Epoch, Job
 from ckptd.tiers.peers import Announcement, Credentials, Identity, Peer, PeerServer, new_token
 from ckptd.tiers.peers.address import Listener
@@ -85,9 +85,9 @@ def test_headers_that_are_missing_or_twice_are_refused() -> None:
     assert check_headers(good, own, {"here"}) == "here"
     for name in good:
         for bad in ([], good[name] * 2, [""], [good[name][0] + "0"], [b"bytes"]):
-            with pytest.raises((ConfigError, DaemonError), match="refused"):
+            with pytest.raises((ConfigError, DaemonError, VersionError), match="refused"):
                 check_headers(good | {name: bad}, own, {"here"})  # type: ignore[dict-item]
-        with pytest.raises((ConfigError, DaemonError), match="refused"):
+        with pytest.raises((ConfigError, DaemonError, VersionError), match="refused"):
             check_headers({key: value for key, value in good.items() if key != name}, own, {"here"})
     with pytest.raises(ConfigError):
         check_headers(good | {"ckptd-token": ["é" * 64]}, own, {"here"})

@@ -6,6 +6,8 @@ Invariants:
   one is asked for once more; then CorruptionError. After any error the contents of the buffer are undefined.
 - At most `streams` pulls at once, each on a connection of its own, and of each at most about two batches in memory.
   Messages have a connection for themselves.
+- A connection on which a call was not answered in time is not used again: if the network was cut, TCP would go on
+  waiting for as long again after it is whole.
 """
 
 from __future__ import annotations
@@ -132,8 +134,8 @@ class Peer:
         if len(body) > MOST_MESSAGE_BYTES:
             raise FormatError(f"message {kind} of {len(body)} bytes, expected at most {MOST_MESSAGE_BYTES}")
         limit = self.deadline_s if deadline_s is None else deadline_s
-        with self._errors(limit):
-            results = self._message_connection().do_action((kind, body), self._call_options(limit))
+        with self._message_connection() as client, self._errors(limit):
+            results = client.do_action((kind, body), self._call_options(limit))
             found: list[bytes] = [result.body.to_pybytes() for result in results]
         if len(found) != 1 or len(found[0]) > MOST_MESSAGE_BYTES:
             raise FormatError(f"{self._label}: its answer to {kind} is not one message")
@@ -235,7 +237,7 @@ class Peer:
 
     @contextlib.contextmanager
     def _connection(self, limit: float) -> Iterator[Any]:
-        """A connection for one call. Made when first needed; a call that fails gives it back all the same."""
+        """A connection for one call. Made when first needed; most calls that fail give it back all the same."""
         try:
             client = self._connections.get(timeout=limit)
         except queue.Empty:
@@ -244,17 +246,30 @@ class Peer:
             if client is None:
                 client = self._connect()
             yield client
+        except DeadlineError:
+            client.close()
+            client = None
+            raise
         finally:
             if self._closed and client is not None:
                 client.close()
             self._connections.put(None if self._closed else client)
 
-    def _message_connection(self) -> Any:
+    @contextlib.contextmanager
+    def _message_connection(self) -> Iterator[Any]:
         """The one that messages share: they do not wait behind pieces."""
         with self._opening:
             if self._messages is None:
                 self._messages = self._connect()
-            return self._messages
+            client = self._messages
+        try:
+            yield client
+        except DeadlineError:
+            with self._opening:
+                if self._messages is client:
+                    self._messages = None
+            client.close()
+            raise
 
     def _connect(self) -> Any:
         if self._closed:

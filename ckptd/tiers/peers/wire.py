@@ -1,6 +1,6 @@
 """What daemons say to each other over Flight: headers, tickets, limits, and errors as the other side gets them.
 
-    every call   headers: job (digest), epoch, node, token; checked before the request is looked at
+    every call   headers: protocol, job (digest), epoch, node, token; checked before the request is looked at
     do_get       ticket -> record batches of one uint8 column, a piece each, with the CRC-32C of each as metadata
     do_action    kind and body -> one body; both bounded
 
@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.flight as flight
 
 from ckptd.core import errors
-from ckptd.core.errors import CkptdError, ConfigError, DaemonError, DeadlineError, FormatError
+from ckptd.core.errors import CkptdError, ConfigError, DaemonError, DeadlineError, FormatError, VersionError
 from ckptd.core.types import SnapshotId
 from ckptd.plan.stripe import PIECE_BYTES
+from ckptd.protocol.messages import PROTOCOL
 from ckptd.tiers.peers.identity import TOKEN_BYTES, Credentials
 
 CALL_BYTES = 4 * PIECE_BYTES
@@ -91,6 +92,7 @@ def check_kind(kind: str) -> str:
 def headers(credentials: Credentials) -> list[tuple[bytes, bytes]]:
     """What every call of a node carries."""
     return [
+        (b"ckptd-protocol", str(PROTOCOL).encode()),
         (b"ckptd-job", credentials.job.digest.encode()),
         (b"ckptd-epoch", str(credentials.epoch).encode()),
         (b"ckptd-node", urllib.parse.quote(credentials.node, safe="").encode()),
@@ -99,9 +101,14 @@ def headers(credentials: Credentials) -> list[tuple[bytes, bytes]]:
 
 
 def check_headers(found: Mapping[str, Sequence[str]], own: Credentials, members: Collection[str]) -> str:
-    """The node that calls. Raises ConfigError for another job, a stranger or a wrong token, DaemonError for another
-    epoch. The token comes last, but nothing that the earlier answers tell is a secret."""
-    given = {name: _single(found, f"ckptd-{name}") for name in ("job", "epoch", "node", "token")}
+    """The node that calls. Raises VersionError for another protocol, ConfigError for another job, a stranger or a wrong
+    token, DaemonError for another epoch. The token comes last; nothing that the earlier answers tell is a secret."""
+    given = {name: _single(found, f"ckptd-{name}") for name in ("protocol", "job", "epoch", "node", "token")}
+    if given["protocol"] != str(PROTOCOL):
+        raise VersionError(
+            f"refused: the call is of protocol {given['protocol'][:40]!r}, this node speaks {PROTOCOL}; install one "
+            "version of ckptd on all nodes"
+        )
     if given["job"] != own.job.digest:
         raise ConfigError(f"refused: the call is of another job (digest {given['job'][:40]!r}), not {own.job.name!r}")
     if given["epoch"] != str(own.epoch):

@@ -167,12 +167,16 @@ def _wrapped(function: Callable[..., Any], faults: list[Fault]) -> Callable[...,
 
 
 def _wrap(module: ModuleType, faults: list[Fault]) -> None:
-    """Wraps the points in one module."""
+    """Wraps the points in one module, and sets what is to be another value."""
     for point in dict.fromkeys(fault.point for fault in faults):
         *path, name = point.partition(":")[2].split(".")
         owner = functools.reduce(getattr, path, module)
         chosen = [fault for fault in faults if fault.point == point]
-        setattr(owner, name, _wrapped(getattr(owner, name), chosen))
+        if chosen[0].action.startswith("set "):
+            if chosen[0].process in ("any", role()):
+                setattr(owner, name, json.loads(chosen[0].action.removeprefix("set ")))
+        else:
+            setattr(owner, name, _wrapped(getattr(owner, name), chosen))
 
 
 def _faults_in(module: str) -> list[Fault]:
