@@ -16,32 +16,33 @@ namespace {
 constexpr std::size_t block_bytes = 1024;
 constexpr std::size_t line_bytes = 64;
 
-// Copies whole lines to a target aligned to a line.
-using StreamLines = void (*)(const std::byte* source, std::byte* target, std::size_t size);
+// Copies whole lines to a target aligned to a line, past the caches, and to `kept`, as aligned, which stays in them.
+using StreamLines = void (*)(const std::byte* source, std::byte* target, std::byte* kept, std::size_t size);
 
 #if defined(__x86_64__)
 
-__attribute__((target("avx512f"))) void stream_avx512(const std::byte* source, std::byte* target, std::size_t size) {
+__attribute__((target("avx512f"))) void stream_avx512(const std::byte* source, std::byte* target, std::byte* kept,
+                                                      std::size_t size) {
     for (std::size_t at = 0; at < size; at += line_bytes) {
         const __m512i line = _mm512_loadu_si512(source + at);
+        _mm512_store_si512(kept + at, line);
         _mm512_stream_si512(reinterpret_cast<__m512i*>(target + at), line);
     }
 }
 
-__attribute__((target("avx"))) void stream_avx(const std::byte* source, std::byte* target, std::size_t size) {
-    for (std::size_t at = 0; at < size; at += line_bytes) {
-        const auto* from = reinterpret_cast<const __m256i*>(source + at);
-        auto* to = reinterpret_cast<__m256i*>(target + at);
-        const __m256i low = _mm256_loadu_si256(from);
-        const __m256i high = _mm256_loadu_si256(from + 1);
-        _mm256_stream_si256(to, low);
-        _mm256_stream_si256(to + 1, high);
+__attribute__((target("avx"))) void stream_avx(const std::byte* source, std::byte* target, std::byte* kept,
+                                               std::size_t size) {
+    for (std::size_t at = 0; at < size; at += sizeof(__m256i)) {
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source + at));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(kept + at), half);
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(target + at), half);
     }
 }
 
-void stream_sse2(const std::byte* source, std::byte* target, std::size_t size) {
+void stream_sse2(const std::byte* source, std::byte* target, std::byte* kept, std::size_t size) {
     for (std::size_t at = 0; at < size; at += sizeof(__m128i)) {
         const __m128i word = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + at));
+        _mm_store_si128(reinterpret_cast<__m128i*>(kept + at), word);
         _mm_stream_si128(reinterpret_cast<__m128i*>(target + at), word);
     }
 }
@@ -55,8 +56,9 @@ StreamLines choose_stream() {
 
 #else
 
-void stream_plain(const std::byte* source, std::byte* target, std::size_t size) {
-    std::memcpy(target, source, size);
+void stream_plain(const std::byte* source, std::byte* target, std::byte* kept, std::size_t size) {
+    std::memcpy(kept, source, size);
+    std::memcpy(target, kept, size);
 }
 
 StreamLines choose_stream() {
@@ -82,17 +84,12 @@ void copy_streamed(const std::byte* source, std::byte* target, std::size_t size,
     const std::size_t head = -reinterpret_cast<std::uintptr_t>(target) % line_bytes;
     copy_block(source, target, head, crc);
     const std::size_t end = size - (size - head) % line_bytes;
-    // What is streamed is in no cache: its checksum is taken of a block on the way, which stays in the nearest.
     alignas(line_bytes) std::byte block[block_bytes];
     for (std::size_t at = head; at < end;) {
         const std::size_t length = std::min(block_bytes, end - at);
         if (end - at >= 2 * block_bytes) prefetch_block(source + at + block_bytes);
-        if (crc == nullptr) {
-            stream_lines(source + at, target + at, length);
-        } else {
-            copy_block(source + at, block, length, crc);
-            stream_lines(block, target + at, length);
-        }
+        stream_lines(source + at, target + at, block, length);
+        if (crc != nullptr) *crc = crc32c::extend(*crc, block, length);
         at += length;
     }
     copy_block(source + end, target + end, size - end, crc);
