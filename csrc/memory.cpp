@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 
 namespace ckptd {
 
@@ -15,6 +16,10 @@ constexpr int advice_populate_write = 23;
 constexpr int advice_collapse = 25;
 
 constexpr std::size_t huge_page = std::size_t{2} << 20;
+
+// Where memory is in pieces the kernel may take long to put a huge page together: that often it may.
+constexpr std::chrono::milliseconds slow_page{2};
+constexpr int most_slow_pages = 16;
 
 }  // namespace
 
@@ -30,6 +35,21 @@ int populate(std::uintptr_t address, std::size_t size, bool write) {
     return 0;
 }
 
+namespace {
+
+// One huge page at an aligned address of a mapped memfd.
+bool collapse(char* address) {
+    // Its first small page has to be there; the others need not, which spares clearing and copying them.
+    if (populate(reinterpret_cast<std::uintptr_t>(address), 1, true) != 0) return false;
+    for (int tries = 0; tries < 3; ++tries) {
+        if (madvise(address, huge_page, advice_collapse) == 0) return true;
+        if (errno != EAGAIN && errno != EINTR) break;
+    }
+    return false;
+}
+
+}  // namespace
+
 std::size_t back_with_huge_pages(int descriptor, std::size_t offset, std::size_t size) {
     const std::size_t first = (offset + huge_page - 1) / huge_page * huge_page;
     const std::size_t end = (offset + size) / huge_page * huge_page;
@@ -43,17 +63,11 @@ std::size_t back_with_huge_pages(int descriptor, std::size_t offset, std::size_t
     std::size_t backed = 0;
     if (mmap(aligned, end - first, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, descriptor,
              static_cast<off_t>(first)) != MAP_FAILED) {
-        const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-        while (backed < end - first) {
-            // The first small page has to be there; the others need not, which spares clearing and copying them.
-            if (populate(reinterpret_cast<std::uintptr_t>(aligned + backed), page, true) != 0) break;
-            int result = 0;
-            for (int tries = 0; tries < 3; ++tries) {
-                result = madvise(aligned + backed, huge_page, advice_collapse);
-                if (result == 0 || (errno != EAGAIN && errno != EINTR)) break;
-            }
-            if (result != 0) break;
+        for (int slow = 0; backed < end - first && slow < most_slow_pages;) {
+            const auto began = std::chrono::steady_clock::now();
+            if (!collapse(aligned + backed)) break;
             backed += huge_page;
+            if (std::chrono::steady_clock::now() - began > slow_page) ++slow;
         }
     }
     munmap(room, reserved);

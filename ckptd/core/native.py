@@ -189,7 +189,7 @@ def back_with_huge_pages(descriptor: int, offset: int, size: int) -> int:
     """Backs a range of a memfd with pages of 2 MiB as far as they are to be had; returns the bytes that now lie there.
 
     The bytes stay as they are, and what is not backed stays as it was: nothing depends on it but speed, so this is
-    never an error. Whole pages within the range only. Linux 6.1 and newer, whatever transparent huge pages are set to
-    (MADV_COLLAPSE, madvise(2)).
+    never an error, and it stops where the kernel takes long to make one. Whole pages within the range only. Linux 6.1
+    and newer, whatever transparent huge pages are set to (MADV_COLLAPSE, madvise(2)).
     """
     return _native.back_with_huge_pages(descriptor, offset, size)
