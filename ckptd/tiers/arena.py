@@ -11,8 +11,8 @@ A slot is one memfd of one rank with room for one snapshot of that rank, and des
 What never changes (frozen tensors) lies once in a region that the slots of a rank share: one more memfd of the same
 form, whose `identity` - of its table and its checksums - is part of the layout digest of each of them.
 
-The trainer writes, the daemon and other readers only read, and verify the copy that they have made. Sealed against
-shrinking and growing, so that a reader never meets SIGBUS.
+The trainer writes, the daemon and other readers only read, by descriptor; they copy bytes out first and verify the
+copy. Sealed against shrinking and growing, so that a reader never meets SIGBUS.
 The ledger is one more memfd, written by the daemon alone: its NodeState, twice, in turn.
 """
 
@@ -36,9 +36,11 @@ from ckptd.core.types import SnapshotId
 from ckptd.format.objects import unpack_table
 from ckptd.format.table import decode_table, encode_table
 from ckptd.plan.share import OBJECTS_FILE, Read, object_rows, share_objects, share_rows
-from ckptd.tiers.memory import is_sealed, sealed_memory
+from ckptd.tiers.memory import HUGE_PAGE, is_sealed, sealed_memory
 
 PAGE = 4096
+MAPPED_BYTES = 256 * 1024
+"""From this size on a chunk is mapped to be read: the kernel copies at half the rate of a copy out of huge pages."""
 
 FROZEN_FILE = 2
 """`file` column of rows whose bytes lie in the frozen region (0: in the slot; OBJECTS_FILE: objects)."""
@@ -134,7 +136,6 @@ class Slot:
         self.geometry = geometry
         self.region = region
         self._mapping: mmap.mmap | None = None
-        self._view: mmap.mmap | None = None
         self._catalog: Catalog | None = None
 
     @classmethod
@@ -289,19 +290,27 @@ class Slot:
             return
         if offset < 0 or offset + len(into) > self.geometry.data_bytes:
             raise FormatError(f"slot of rank {self.geometry.rank}: a chunk lies outside its data")
-        view = self._view  # which lives as long as this reads, whoever closes the slot meanwhile
-        if view is None:
-            view = self._view = mmap.mmap(self.descriptor, self.geometry.size, access=mmap.ACCESS_READ)
-        found = copy_bytes(address_of(view) + self.geometry.data_offset + offset, into)
+        found = self._copy(self.geometry.data_offset + offset, into)
         if found != crc:
             raise CorruptionError(
                 f"slot of rank {self.geometry.rank}: chunk at {offset}: CRC32C {found:08x}, expected {crc:08x}"
             )
 
+    def _copy(self, at: int, into: memoryview) -> int:
+        """Copies bytes out; the CRC-32C of the copy. Maps no more than them, in whole huge pages: a process that maps
+        arenas whole is the first that the kernel kills where memory is short."""
+        if len(into) < MAPPED_BYTES:
+            if os.preadv(self.descriptor, [into], at) != len(into):
+                raise CorruptionError(f"slot of rank {self.geometry.rank}: short read")
+            return crc32c(into)
+        first, end = at // HUGE_PAGE * HUGE_PAGE, -(-(at + len(into)) // HUGE_PAGE) * HUGE_PAGE
+        size = min(end, self.geometry.size) - first
+        with mmap.mmap(self.descriptor, size, access=mmap.ACCESS_READ, offset=first) as mapping:
+            return copy_bytes(address_of(mapping) + at - first, into)
+
     def close(self) -> None:
         """Unmaps and closes; the memory lives as long as somebody else holds the memfd. Idempotent."""
         self.unmap()
-        self._view = None
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
