@@ -5,8 +5,8 @@ under way. What crosses the network, and how it is secured, is tiers/peers; what
 What a later daemon needs to go on is in memory that the keeper holds: keys never touch a disk.
 
 Invariants: a message that cannot be delivered is dropped, since everything is said again; to one node one message is
-under way at a time, and of facts and decisions only the newest wait. A node is not reached from the second message in a
-row on that fails until one arrives.
+under way at a time, and of facts and decisions only the newest wait. A node to which messages have failed for a while
+is not reached, until one arrives.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ PULL_S = 30.0
 
 GREET_S = 5.0
 """A node that there was nothing to say to for so long is greeted, so that it is known whether it can be reached."""
+
+AWAY_S = 3.0
+"""How long messages to a node must have failed before it counts as not reached: nodes do not begin at one moment."""
 
 SERVER_S = 1.0
 """How long calls of the others may take to end with the server."""
@@ -295,13 +298,15 @@ class Network:
         self._loop.run_in_executor(self._threads, self._peers[node].ask, kind, body, MESSAGE_S).add_done_callback(sent)
 
     def _sent(self, node: str, outbox: _Outbox, error: BaseException | None) -> None:
-        """One message may be lost on the way; a second one in a row means that the node is not reached."""
-        outbox.ended_s, lost = self._loop.time(), outbox.lost
-        outbox.lost = error is not None and outbox.failing_s is not None
+        """Keeps how a message has ended."""
+        now, lost = self._loop.time(), outbox.lost
+        outbox.ended_s = now
         if error is None:
-            outbox.failing_s = None
+            outbox.failing_s, outbox.lost = None, False
         else:
-            outbox.failing_s, outbox.why = outbox.failing_s or outbox.ended_s, str(error)
+            first = outbox.failing_s is None
+            outbox.failing_s, outbox.why = now if outbox.failing_s is None else outbox.failing_s, str(error)
+            outbox.lost = not first and now - outbox.failing_s >= AWAY_S
         if outbox.lost and not lost:
             log.warning("node %s is not reached: %s", node, error)
             self._lost()

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import msgspec
 
-from ckptd.core.errors import CkptdError, CorruptionError, DaemonError, UnrecoverableError
+from ckptd.core.errors import CkptdError, CorruptionError, DaemonError, DeadlineError, UnrecoverableError
 from ckptd.core.types import SnapshotId
 from ckptd.daemon.network import Network
 from ckptd.daemon.priority import PROTECTING, give_way, protecting_cores
@@ -38,13 +38,14 @@ log = logging.getLogger("ckptd.daemon")
 THREADS = 4
 """A kind of work each."""
 
-GUESTS_S = 60.0
-"""How long nodes that have left the job may take to read what they hold before others may copy it."""
+PATIENCE_S = 60.0
+"""While ranks wait: how long other nodes may take to be reached again, and nodes that have left the job to read what
+they hold before others may copy it."""
 
-GUESTS_AGAIN_S = 0.2
+AGAIN_S = 0.2
 
 SETTLE_S = 2.0
-"""How long after all others have begun a failure to reach one of them may be what is left of trying too early."""
+"""How long after all others have begun a failure may be what is left of trying too early."""
 
 Work = cluster.Describe | cluster.Encode | cluster.Rebuild | cluster.Verify
 
@@ -171,20 +172,26 @@ class Protection:
                 if arena in nodes and number in strings:
                     strings[number] += [nodes[arena]] if data else []
                     parities[number] += [nodes[arena]] if parity else []
-            asked = sorted({node for held in (*strings.values(), *parities.values()) for node in held})
-            records = self._all_records(name, group, asked, bool(membership.guests))
-            with self._network.throttle.urgent():
-                made += self._protector.rebuild(SealedGroup(name, group, records), string, Holders(strings, parities))
+            made += self._make_one(name, group, string, Holders(strings, parities), bool(membership.guests))
         return made
 
-    def _all_records(self, name: SnapshotId, group: Group, asked: Sequence[str], guests: bool) -> dict[int, SealRecord]:
-        """Of all members of a group; `guests` may only just be making theirs."""
-        until = time.monotonic() + GUESTS_S
-        while True:
-            found = seal_records(self._network, name, group, asked, self._records_of(name))
-            if not guests or found.keys() >= set(group.nodes) or time.monotonic() >= until:
-                return found
-            time.sleep(GUESTS_AGAIN_S)
+    def _make_one(self, name: SnapshotId, group: Group, string: int, held: Holders, guests: bool) -> list[Slot]:
+        """A string, from nodes that can be reached again in time; `guests` may only just be making their records."""
+        protector, until = self._protector, time.monotonic() + PATIENCE_S
+        asked = sorted({node for nodes in (*held.strings.values(), *held.parities.values()) for node in nodes})
+        while protector is not None:
+            late = time.monotonic() >= until
+            try:
+                records = seal_records(self._network, name, group, asked, self._records_of(name))
+                if late or not guests or records.keys() >= set(group.nodes):
+                    with self._network.throttle.urgent():
+                        return protector.rebuild(SealedGroup(name, group, records), string, held)
+            except DaemonError as error:
+                log.warning("string %d of %s: %s", string, name, error)
+                if late or self._protector is not protector:
+                    raise
+            time.sleep(AGAIN_S)
+        raise DaemonError("no epoch with other nodes has begun here")
 
     def _records_of(self, name: SnapshotId) -> dict[int, bytes]:
         return next((dict(h.records) for h in self._state.holdings if h.name == name), {})
@@ -260,7 +267,7 @@ class Protection:
             log.warning("%s of %s: %s", kind, task.name, failure)
             self._machine.state.count("protection_errors")
             self._failing[kind] = f"{kind} of {task.name}: {failure}"[:MAX_TEXT]
-            self._failed(action, failure, final=task.began_s >= self._settled_s)
+            self._failed(action, failure, task.began_s)
         else:
             self._failing.pop(kind, None)
             self._done(task)
@@ -281,8 +288,8 @@ class Protection:
                 if isinstance(task.action, cluster.Encode):
                     self._cpu.charge(time.process_time() - before, time.monotonic())
 
-    def _failed(self, action: Work, error: Exception, *, final: bool = False) -> None:
-        """Before a failure is `final` it may be due to others that had not begun yet."""
+    def _failed(self, action: Work, error: Exception, began_s: float = -math.inf) -> None:
+        """What was begun before the others had begun is no sign of anything."""
         job, damaged = self._machine.job, isinstance(error, CorruptionError)
         match action:
             case cluster.Describe():
@@ -290,8 +297,10 @@ class Protection:
             case cluster.Encode():
                 job.encoding_failed(action.snapshot)
             case cluster.Rebuild():
-                if final and isinstance(error, UnrecoverableError):
-                    self._machine.unrecoverable(action.snapshot, str(error))
+                patience_s = 0.0 if isinstance(error, UnrecoverableError) else PATIENCE_S
+                if began_s >= self._settled_s + patience_s:
+                    kind = type(error) if isinstance(error, CkptdError) else DaemonError
+                    self._machine.not_rebuilt(action.snapshot, kind.__name__, str(error))
                 job.rebuilding_failed(action.snapshot)
             case cluster.Verify():
                 job.verified(action.snapshot, action.part, not damaged)
@@ -419,8 +428,9 @@ class _Task:
 def seal_records(
     network: Network, name: SnapshotId, group: Group, nodes: Sequence[str], known: Mapping[int, bytes]
 ) -> dict[int, SealRecord]:
-    """Of all members of a group, as far as they are `known` or one of the nodes has them: each has those of all."""
-    found = dict(known)
+    """Of all members of a group, as far as they are `known` or one of the nodes has them: each has those of all. Raises
+    DaemonError where some are missing and not all nodes could be asked."""
+    found, unreached = dict(known), None
     for node in nodes:
         if found.keys() >= set(group.nodes):
             break
@@ -429,6 +439,9 @@ def seal_records(
             found = msgspec.msgpack.decode(raw, type=dict[int, bytes]) | found
         except (CkptdError, msgspec.MsgspecError) as error:
             log.warning("seal records of %s from node %s: %s", name, node, error)
+            unreached = error if isinstance(error, DaemonError | DeadlineError) else unreached
+    if unreached is not None and not found.keys() >= set(group.nodes):
+        raise DaemonError(f"seal records of {name} are missing: {unreached}")
     return {number: SealRecord.decode(raw) for number, raw in found.items() if number in group.nodes}
 
 

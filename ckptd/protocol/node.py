@@ -275,14 +275,14 @@ class NodeMachine:
                 for news in repeats.news(self.state, rank):
                     self._voice.say(peer, news)
 
-    def unrecoverable(self, snapshot: SnapshotId, why: str) -> None:
-        """What the epoch was to go on from cannot be rebuilt here: whoever waits for it is told."""
+    def not_rebuilt(self, snapshot: SnapshotId, error: str, why: str) -> None:
+        """What the epoch was to go on from cannot be rebuilt here, for now or ever: whoever waits for it is told."""
         if snapshot == self.state.cluster.point:
             coming, self._voice.coming = dict(self._voice.coming), {}
             for rank in coming:
                 peer = self.members.peer(rank)
                 if peer is not None:
-                    self._voice.refuse(peer, "UnrecoverableError", why)
+                    self._voice.refuse(peer, error, why)
 
     def rebuilt(self, snapshot: SnapshotId, found: Sequence[m.SlotInfo], record: bytes) -> list[int]:
         """This node's string of a snapshot has been made anew, in slots like `found`. Their numbers, or none where

@@ -443,11 +443,12 @@ def _hello(address: Address, hello: m.Hello) -> tuple[socket.socket, list[Slot]]
 
 def _borrow(address: Address, wanted: m.Borrow) -> list[Slot]:
     """Slots of the restore point that the node's daemon makes anew from what other nodes hold. Raises
-    UnrecoverableError."""
+    UnrecoverableError; DaemonError where they cannot be reached."""
     with reach(address) as connection:
         answer, descriptors = ask(connection, wanted, BORROW_S)
     if isinstance(answer, m.Refuse):
-        raise UnrecoverableError(f"strings {wanted.strings} cannot be made anew: {answer.message}")
+        kind = DaemonError if answer.error == DaemonError.__name__ else UnrecoverableError
+        raise kind(f"strings {wanted.strings} cannot be made anew: {answer.message}")
     assert isinstance(answer, m.Lent)
     return [Slot.open(*taken) for taken in _taken(descriptors, answer.restore)]
 

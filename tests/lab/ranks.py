@@ -39,6 +39,9 @@ from ckptd.trainer.places import Places
 from ckptd.trainer.start import Entry, Start
 from tests.faults.lab import LIMIT_S, Node, environment, until
 
+SHORT = 120_000
+"""Bytes of rank 0's string, by default: one piece, of which a node in need asks one other."""
+
 CHUNK = 50_000
 OBJECTS_ROOM = 4096
 
@@ -47,17 +50,18 @@ Exchange = Callable[[int], None]
 """Called once in the n-th exchange of a launch, counted from 1, when all ranks have said what they have to say and none
 has heard it. What it raises ends the launch."""
 
-PLACES, NUMBER, PROMISED, DECIDED, BEGUN, MET, JOINED = range(1, 8)
-"""The exchanges of a launch on several nodes without a store."""
+PLACES, NUMBER, REFUSED, ANOTHER_NUMBER, PROMISED, INVITER, DECIDED, BEGUN, MET, JOINED = range(1, 11)
+"""The exchanges of a launch that goes on from memory, on several nodes without a store: the first number is always one
+that they have promised before."""
 
 
 class AbandonedError(Exception):
     """The ranks of a launch have been killed while it started."""
 
 
-def content(rank: int, step: int) -> np.ndarray:
-    """What a rank holds after a step. No two ranks have strings of one length."""
-    return np.random.default_rng([rank, step]).integers(0, 256, 120_000 + 7_001 * rank, np.uint8)
+def content(rank: int, step: int, size: int) -> np.ndarray:
+    """What a rank holds after a step."""
+    return np.random.default_rng([rank, step]).integers(0, 256, size, np.uint8)
 
 
 def objects(rank: int, step: int) -> dict[str, bytes]:
@@ -65,8 +69,7 @@ def objects(rank: int, step: int) -> dict[str, bytes]:
     return {"counts": msgspec.msgpack.encode({"rank": rank, "step": step})}
 
 
-def _catalog(rank: int) -> Catalog:
-    size = len(content(rank, 0))
+def _catalog(rank: int, size: int) -> Catalog:
     places = [(start, min(CHUNK, size - start)) for start in range(0, size, CHUNK)]
     return Catalog.build(
         [(f"model/{rank}", "uint8", (size,))],
@@ -151,8 +154,10 @@ class _Start(Start):
 class Rank:
     """A rank that is in; the session's Handler. What it may capture it captures when it is asked to (`request`)."""
 
-    def __init__(self, entry: Entry, host: Host) -> None:
+    def __init__(self, entry: Entry, host: Host, size: int) -> None:
+        """`size`: of its string; no two ranks have strings of one length."""
         self.host, self.choice, self.number = host, entry.choice, entry.hello.rank
+        self._size = size + 7_001 * self.number
         self.restored = entry.restore
         self.granted = 0
         self.hesitates = False
@@ -182,7 +187,7 @@ class Rank:
             for row in range(len(rows)):
                 start, size = int(rows.file_offset[row]), int(rows.raw[row])
                 slot.read(start, int(rows.crc[row]), memoryview(found)[start : start + size])
-            assert np.array_equal(found, content(rank, point.step)), f"rank {rank}, {point}"
+            assert np.array_equal(found, content(rank, point.step, len(found))), f"rank {rank}, {point}"
         return sorted(slot.geometry.rank for slot in self.restored)
 
     def request(self, step: int) -> None:
@@ -240,7 +245,7 @@ class Rank:
                     os.write(pieces, b"pieces of rank %d" % self.number)
                     self._session.say(m.Pieces(message.generation), [pieces])
                 case m.Plan():
-                    geometry, _ = layout(self.number, _catalog(self.number), OBJECTS_ROOM)
+                    geometry, _ = layout(self.number, self._catalog(), OBJECTS_ROOM)
                     self._session.say(m.Layout(message.generation, geometry.digest, geometry.size))
                 case m.Allot():
                     self._allot(message, descriptors)
@@ -273,7 +278,7 @@ class Rank:
             self._slots[number] = Slot.open(descriptor)
         for number in message.create:
             if number not in self._slots:
-                self._slots[number] = Slot.create(*layout(self.number, _catalog(self.number), OBJECTS_ROOM))
+                self._slots[number] = Slot.create(*layout(self.number, self._catalog(), OBJECTS_ROOM))
         for number in (*message.reuse, *message.create):
             self._session.say(m.Ready(number), [os.dup(self._slots[number].descriptor)])
 
@@ -290,13 +295,16 @@ class Rank:
                 self._settle(m.Missed(grant, "layout"))
                 continue
             slot.begin()
-            data, rows = content(self.number, self._wanted), _catalog(self.number)
+            data, rows = content(self.number, self._wanted, self._size), self._catalog()
             ctypes.memmove(slot.map(), address_of(data), len(data))
             places = zip(rows.file_offset.tolist(), rows.raw.tolist(), strict=True)
             crcs = np.array([crc32c(data[start : start + size]) for start, size in places], np.uint32)
             snapshot = SnapshotId(self.choice.epoch, self._wanted)
             slot.commit(snapshot, crcs, pack_table(objects(self.number, self._wanted)))
             self._settle(m.Captured(grant, self._wanted, self._grants[grant].slot))
+
+    def _catalog(self) -> Catalog:
+        return _catalog(self.number, self._size)
 
     def _due(self, step: int) -> list[int]:
         return sorted(n for n, grant in self._grants.items() if grant.step <= step and n not in self._outcomes)
@@ -323,10 +331,10 @@ def dies_at(exchange: int, then: Callable[[], object] = lambda: None) -> Exchang
 
 
 def enter(
-    hosts: Sequence[Host], ranks_here: int = 1, exchange: Exchange = _ignored, **chosen: Any
+    hosts: Sequence[Host], ranks_here: int = 1, exchange: Exchange = _ignored, string_bytes: int = SHORT, **chosen: Any
 ) -> list[Rank | Exception]:
     """A launch of the job on these nodes, whose daemons listen: of each rank itself, or why it is not in.
-    `chosen`: options of the Checkpointer."""
+    `string_bytes`: of rank 0, others have a little more; `chosen`: options of the Checkpointer."""
     options = dataclasses.replace(Options(linger_s=60.0, flush_every=None), **chosen)
     size = len(hosts) * ranks_here
     barrier, said = threading.Barrier(size, timeout=LIMIT_S), [b""] * size
@@ -338,7 +346,7 @@ def enter(
         try:
             places = Places.find(group, world, options.redundancy, host.variables)
             start = _Start(host.address, group, places, options, policy, _anything, (), host.variables)
-            found[rank] = Rank(start.enter(), host)
+            found[rank] = Rank(start.enter(), host, string_bytes)
         except (CkptdError, threading.BrokenBarrierError) as error:
             found[rank] = error
         except AbandonedError as error:
@@ -359,13 +367,10 @@ def enter(
 class Launch:
     """A launch that goes on beside the test."""
 
-    def __init__(
-        self, hosts: Sequence[Host], ranks_here: int = 1, exchange: Exchange = _ignored, **chosen: Any
-    ) -> None:
+    def __init__(self, hosts: Sequence[Host], **how: Any) -> None:
         self._found: list[Rank | Exception] = []
-        arguments = (hosts, ranks_here, exchange)
         self._thread = threading.Thread(
-            target=lambda: self._found.extend(enter(*arguments, **chosen)), name="launch", daemon=True
+            target=lambda: self._found.extend(enter(hosts, **how)), name="launch", daemon=True
         )
         self._thread.start()
 
@@ -391,9 +396,13 @@ class Crew:
         self.ranks = list(ranks)
 
     @classmethod
-    def enter(cls, hosts: Sequence[Host], ranks_here: int = 1, exchange: Exchange = _ignored, **chosen: Any) -> Crew:
+    def enter(cls, hosts: Sequence[Host], **how: Any) -> Crew:
         """A launch that succeeds; raises the error of the first rank that is refused."""
-        found = enter(hosts, ranks_here, exchange, **chosen)
+        return cls.of(enter(hosts, **how))
+
+    @classmethod
+    def of(cls, found: Sequence[Rank | Exception]) -> Crew:
+        """All of a launch."""
         ranks = [rank for rank in found if isinstance(rank, Rank)]
         for refused in found:
             if not isinstance(refused, Rank):

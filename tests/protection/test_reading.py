@@ -212,7 +212,7 @@ def test_a_source_that_dies_in_the_middle_is_replaced(lost: Collection[int]) -> 
             assert error is None
             assert outcome == [expected]
         else:
-            assert isinstance(error, UnrecoverableError)
+            assert isinstance(error, DaemonError)
             assert "n1: node n1 at" in str(error)
 
 

@@ -122,7 +122,8 @@ class Protector:
     def rebuild(
         self, sealed: SealedGroup, number: int, holders: Holders, cancellation: Cancellation | None = None
     ) -> list[Slot]:
-        """The string of a member in new memory, as slots. Raises UnrecoverableError; ConfigError if memory is short."""
+        """The string of a member in new memory, as slots. Raises UnrecoverableError; DaemonError if too many nodes
+        cannot be reached; ConfigError if memory is short."""
         memory = sealed.records[number].make_slots()
         try:
             reading = self._reading(sealed, number, holders)
@@ -141,7 +142,7 @@ class Protector:
         cancellation: Cancellation | None = None,
     ) -> None:
         """Fills `into` from an offset of a member's string, copying or decoding only the pieces that it touches. Raises
-        UnrecoverableError."""
+        UnrecoverableError; DaemonError if too many nodes cannot be reached."""
         if not len(into):
             return
 

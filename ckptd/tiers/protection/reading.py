@@ -2,7 +2,8 @@
 
 Invariants: what is delivered is what the seal record of the string's owner says, piece by piece; a source that fails is
 not asked again, one that is corrupt is avoided where it is; only when fewer than k positions are left is there an
-UnrecoverableError, which says who is missing and why. Memory: WORKERS rows.
+UnrecoverableError, which says who is missing and why - or a DaemonError, where some of them are on nodes that could not
+be reached: they may be there another time. Memory: WORKERS rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ckptd.core.errors import CorruptionError, UnrecoverableError
+from ckptd.core.errors import CorruptionError, DaemonError, DeadlineError, UnrecoverableError
 from ckptd.plan.stripe import PIECE_BYTES, Read, Source
 from ckptd.tiers.peers import Cancellation, Throttle
 from ckptd.tiers.protection.coding import decode
@@ -44,7 +45,7 @@ class Reading:
         self._fetcher, self._buffers, self._throttle = fetcher, buffers, throttle
         self._lock = threading.Lock()
         self._failed: Avoided = frozenset()
-        self._why: dict[str, None] = {}
+        self._why: dict[str, Exception] = {}
 
     def run(self, start: int, stop: int, deliver: Deliver, cancellation: Cancellation | None) -> None:
         """Delivers the whole pieces that [start, stop) touches."""
@@ -72,7 +73,9 @@ class Reading:
             return self._sealed.striping.read(self._number, offset, size, lost(True), lost(False))
         except UnrecoverableError as error:
             why = "".join(f"; {reason}" for reason in self._why)
-            raise UnrecoverableError(f"{self._sealed.snapshot}, string {self._number}: {error}{why}") from None
+            unreached = any(isinstance(failure, DaemonError | DeadlineError) for failure in self._why.values())
+            kind = DaemonError if unreached else UnrecoverableError
+            raise kind(f"{self._sealed.snapshot}, string {self._number}: {error}{why}") from None
 
     def _node(self, number: int, is_string: bool, avoided: Avoided) -> str | None:
         """Who is asked for something of a member: this node if it can, else the first that has not failed."""
@@ -91,7 +94,7 @@ class Reading:
             except SourceError as failure:
                 stop_if(stop, f"reading string {self._number} of {self._sealed.snapshot}")
                 with self._lock:
-                    self._why[str(failure)] = None
+                    self._why[str(failure)] = failure.error
                 if not isinstance(failure.error, CorruptionError):
                     with self._lock:
                         self._failed |= {(failure.node, failure.place)}
