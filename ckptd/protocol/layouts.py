@@ -52,8 +52,8 @@ def allot(state: NodeState, layouts: Sequence[Layout], available_bytes: int, lim
         state.layouts = {}
         complaint = (
             f"snapshot memory: {LEAST} slots for {len(state.ranks)} ranks need "
-            f"{missing_bytes([[] for _ in layouts], layouts, LEAST)} bytes, {room} are available on this "
-            f"node beside what holds snapshots ({limit}); free memory, raise the limit, or use fewer bytes"
+            f"{missing_bytes([[] for _ in layouts], layouts, LEAST)} bytes, {max(0, room)} are available on this "
+            f"node beside snapshots and parities ({limit}); free memory, raise the limit, or use fewer bytes"
         )
     elif found and (made := len(found[0].reuse) + len(found[0].create)) < wanted:
         complaint = f"memory for {made} slots a rank instead of {wanted}: a flush or encoding stops snapshots"

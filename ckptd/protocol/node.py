@@ -240,9 +240,10 @@ class NodeMachine:
         if complaint_of(message.world, message.ranks) is None and state.is_unheard_of(message.epoch):
             self._adopt_unheard(message)
         if message.epoch != state.epoch or state.frozen or rank not in state.ranks:
-            self._voice.refuse(
-                peer, "DaemonError", f"rank {rank} of epoch {message.epoch} is not served here", state.promised
-            )
+            text = f"rank {rank} of epoch {message.epoch} is not served here"
+            if state.promised is not None and message.epoch < state.promised:
+                text += " any more: the job was launched again; two jobs need two names (job=)"
+            self._voice.refuse(peer, "DaemonError", text, state.promised)
             return
         other, returns = self.members.of(peer), rank in state.instances
         if state.instances.setdefault(rank, instance) != instance or (other is not None and other[0] != rank):

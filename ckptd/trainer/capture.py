@@ -424,7 +424,7 @@ class Capture:
             case m.Refuse(error="StoreError") if not self._standing:
                 pass  # a flush that nobody waits for any more; FlushFailed has told of it
             case m.Refuse() if not self._standing:
-                self._refused = refusal(message)
+                self._refused = self._refused or refusal(message)  # what is refused after it is a consequence
             case _:
                 self._answers.append(message)
 

@@ -62,7 +62,7 @@ class Fault:
     is found in the arguments or the file's path. `action`: "kill" or "stop" (itself, or the roles named after it),
     "hold" (until released), "EIO", "ENOSPC" (raised), "note" (the arguments go into a file). A `lasting` one repeats
     from the `call`-th passing on, until disarmed. "set VALUE": the module's name `point` has this value (JSON) instead,
-    from the start of a process on.
+    from the start of a process on. "alter MODULE:FUNCTION": what this makes of the result of `point` comes out instead.
     """
 
     point: str
@@ -299,6 +299,10 @@ class Planned(abc.ABC):
     def release(self, name: str) -> None:
         """Ends a hold, or a lasting fault."""
         self._faults[name].unlink()
+
+    def arm(self, name: str) -> None:
+        """Once more, what was released."""
+        self._faults[name].touch()
 
     def notes(self, name: str) -> list[str]:
         """What a "note" has noted."""

@@ -5,14 +5,22 @@ from __future__ import annotations
 import itertools
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
+from ckptd.cli.status import find_problems
 from tests.faults.inject import sitecustomize as inject
-from tests.faults.lab import Planned, until
+from tests.faults.lab import Fault, Planned, until
 from tests.lab.lan import Lan
 from tests.lab.ranks import Host
 
 ROLES = ("keeper", "daemon")
+
+SOON = {
+    name: Fault(f"ckptd.daemon.network:{name}", f"set {seconds}")
+    for name, seconds in {"MESSAGE_S": 1, "GREET_S": 1, "AWAY_S": 0, "MEET_S": 3, "PULL_S": 2}.items()
+}
+"""So that it is soon noticed that a node is silent."""
 
 
 class Hosts(Planned):
@@ -89,3 +97,26 @@ class Hosts(Planned):
     @staticmethod
     def _runtimes(hosts: list[Host] | tuple[Host, ...]) -> list[str]:
         return [str(host.runtime) for host in hosts]
+
+
+def misses(host: Host, *others: Host, why: str = "") -> None:
+    """Waits until a node's status says that it does not reach some others, and only these; and so do its problems."""
+    names = [other.name for other in others]
+    status = host.reaches(
+        lambda status: [found["node"] for found in status["not_reached"]] == names,
+        f"{host.name} to miss {names}",
+    )
+    problems = find_problems(status)
+    for name in names:
+        (problem,) = [problem for problem in problems if problem.startswith(f"node {name} is not reached for ")]
+        assert why in problem
+    assert status["counters"].get("not_reached", 0) >= len(names)
+
+
+def all_is_well(here: Sequence[Host], step: int) -> None:
+    """Waits until every node says so, with the same step protected."""
+    for host in here:
+        host.reaches(
+            lambda status: not find_problems(status) and status["newest"]["protected"] == step,
+            f"{host.name} to be well at step {step}",
+        )

@@ -148,7 +148,7 @@ class _Start(Start):
     def _listening(self) -> tuple[str, str]:
         if len(self.places.nodes) == 1:
             return "", ""
-        return join_address(*listening_address(self.variables)), self.options.tls_dir or ""
+        return join_address(*listening_address(self.variables)), self.variables.get("CKPTD_TLS_DIR", "")
 
 
 class Rank:
@@ -259,7 +259,7 @@ class Rank:
                 case m.Reached():
                     self._levels[message.level] = max(self.level(message.level), message.step)
                 case m.Refuse():
-                    self._refused = refusal(message)
+                    self._refused = self._refused or refusal(message)
                 case m.Closed():
                     self._closed = True
                 case _:
@@ -342,7 +342,8 @@ def enter(
 
     def one(rank: int, host: Host) -> None:
         group, world = _Threads(rank, barrier, said, exchange), World(rank, size, rank % ranks_here, ranks_here)
-        policy = m.Policy(None, 10**6, None, None, None, 0.01, None, options.linger_s)
+        memory_bytes = None if options.memory == "auto" else options.memory
+        policy = m.Policy(None, 10**6, None, None, None, 0.01, memory_bytes, options.linger_s)
         try:
             places = Places.find(group, world, options.redundancy, host.variables)
             start = _Start(host.address, group, places, options, policy, _anything, (), host.variables)

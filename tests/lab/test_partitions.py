@@ -8,25 +8,18 @@ network: a launch comes through where the daemons do not reach each other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ckptd.cli.status import find_problems
 from ckptd.core.errors import ConfigError, DaemonError
 from ckptd.core.types import Level
 from ckptd.plan.stripe import PIECE_BYTES
 from tests.faults.lab import LIMIT_S, Fault
-from tests.lab.hosts import Hosts
+from tests.lab.hosts import SOON, Hosts, all_is_well, misses
 from tests.lab.lan import Lan, UnavailableError
-from tests.lab.ranks import MET, Crew, Host, Launch, enter
-
-SOON = {
-    name: Fault(f"ckptd.daemon.network:{name}", f"set {seconds}")
-    for name, seconds in {"MESSAGE_S": 1, "GREET_S": 1, "AWAY_S": 0, "MEET_S": 3, "PULL_S": 2}.items()
-}
-"""So that it is soon noticed that a node is silent."""
+from tests.lab.ranks import MET, Crew, Launch, enter
 
 LONG = PIECE_BYTES * 5 // 4
 """Bytes of strings that a node in need asks two others for."""
@@ -52,28 +45,6 @@ def hosts(tmp_path: Path, lan: Lan) -> Iterator[Hosts]:
     with Hosts(tmp_path, lan=lan) as made:
         made.plan(SOON)
         yield made
-
-
-def misses(host: Host, *others: Host) -> None:
-    """Waits until a node's status says that it does not reach some others, and only these; and so do its problems."""
-    names = [other.name for other in others]
-    status = host.reaches(
-        lambda status: [found["node"] for found in status["not_reached"]] == names,
-        f"{host.name} to miss {names}",
-    )
-    problems = find_problems(status)
-    for name in names:
-        assert any(f"node {name} is not reached for" in problem for problem in problems), problems
-    assert status["counters"].get("not_reached", 0) >= len(names)
-
-
-def all_is_well(here: Sequence[Host], step: int) -> None:
-    """Waits until every node says so, with the same step protected."""
-    for host in here:
-        host.reaches(
-            lambda status: not find_problems(status) and status["newest"]["protected"] == step,
-            f"{host.name} to be well at step {step}",
-        )
 
 
 @pytest.mark.parametrize("number", [0, 2], ids=["root", "other"])

@@ -147,7 +147,10 @@ def from_server(error: Exception, peer: str, deadline_s: float) -> CkptdError:
     if isinstance(named, type) and issubclass(named, CkptdError) and named is not CkptdError:
         return named(f"{peer}: {text.partition('. Detail: ')[0]}")
     if "certificate verify failed" in text or "is not in peer certificate" in text:
-        return ConfigError(f"{peer} shows another certificate than it announced: another daemon has its address")
+        return ConfigError(
+            f"{peer} shows another certificate than it announced, or one of another authority (tls_dir): it is another "
+            "daemon that has this address, or not all nodes have certificates of one site"
+        )
     if "Ssl handshake failed" in text or "Socket closed" in text:
         return DaemonError(f"{peer} closed the connection: it went away, or does not accept this node's certificate")
     if isinstance(error, flight.FlightUnavailableError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import importlib
 import importlib.abc
 import importlib.machinery
 import json
@@ -92,6 +93,13 @@ class Fault:
             elif self._take():
                 self._act(text)
 
+    def altered(self, result: Any) -> Any:
+        """What comes out of the point instead of `result`."""
+        if self.process not in ("any", role()) or not os.path.exists(self.armed):
+            return result
+        module, _, name = self.action.removeprefix("alter ").partition(":")
+        return getattr(importlib.import_module(module), name)(result)
+
     def _take(self) -> bool:
         try:
             os.unlink(self.armed)
@@ -155,11 +163,13 @@ def _wrapped(function: Callable[..., Any], faults: list[Fault]) -> Callable[...,
     def passing(*arguments: Any, **named: Any) -> Any:
         text = _text(arguments, named)
         for fault in faults:
-            if fault.when == "before":
+            if fault.when == "before" and not fault.action.startswith("alter "):
                 fault.passes(text)
         result = function(*arguments, **named)
         for fault in faults:
-            if fault.when == "after":
+            if fault.action.startswith("alter "):
+                result = fault.altered(result)
+            elif fault.when == "after":
                 fault.passes(text)
         return result
 
@@ -173,7 +183,7 @@ def _wrap(module: ModuleType, faults: list[Fault]) -> None:
         owner = functools.reduce(getattr, path, module)
         chosen = [fault for fault in faults if fault.point == point]
         if chosen[0].action.startswith("set "):
-            if chosen[0].process in ("any", role()):
+            if chosen[0].process in ("any", role()) and os.path.exists(chosen[0].armed):
                 setattr(owner, name, json.loads(chosen[0].action.removeprefix("set ")))
         else:
             setattr(owner, name, _wrapped(getattr(owner, name), chosen))
