@@ -10,7 +10,7 @@ import ckptd.core.errors as errors
 from ckptd.core.errors import CkptdError, ConfigError, DaemonError, DeadlineError, NotFoundError
 from ckptd.core.types import Job
 from ckptd.daemon.address import Address, addresses, connect
-from ckptd.daemon.wire import ask
+from ckptd.daemon.wire import MAX_PACKET, ask
 from ckptd.protocol import messages as m
 
 ANSWER_S = 10.0
@@ -78,7 +78,7 @@ class Control:
         request(self._connection, m.Stop())
         self._connection.settimeout(ANSWER_S)
         try:
-            while self._connection.recv(m.MAX_PACKET):
+            while self._connection.recv(MAX_PACKET):
                 pass
         except OSError as error:
             raise DeadlineError(f"the daemon of job {self.address.job.name!r} does not end: {error}") from None

@@ -19,10 +19,11 @@ from ckptd.protocol.cluster.facts import Shape
 PROTOCOL = 1
 """Version of this protocol; a Hello or Prepare with another one is refused."""
 
-MAX_PACKET = 128 * 1024
+MAX_MESSAGE = 16 * 1024 * 1024
+"""Bytes. The largest tells a node of a job of ten thousand of the others."""
 
 MAX_TEXT = 2000
-"""Characters of a text for people; longer ones are cut, so that every message fits a packet."""
+"""Characters of a text for people; longer ones are cut, so that errors do not fill messages."""
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=10**18)]
 """Steps, numbers of slots, ranks, generations: sums of two fit 64 bits."""
@@ -449,18 +450,18 @@ _decoders: dict[Literal["to", "from"], msgspec.msgpack.Decoder[Any]] = {
 
 
 def encode(message: Message) -> bytes:
-    """One packet; raises FormatError where it would be larger than a packet may be."""
-    packet = _encoder.encode(message)
-    if len(packet) > MAX_PACKET:
-        raise FormatError(f"{type(message).__name__}: {len(packet)} bytes, a packet holds {MAX_PACKET}")
-    return packet
+    """Its bytes; raises FormatError where they would be more than MAX_MESSAGE."""
+    encoded = _encoder.encode(message)
+    if len(encoded) > MAX_MESSAGE:
+        raise FormatError(f"{type(message).__name__}: {len(encoded)} bytes, expected at most {MAX_MESSAGE}")
+    return encoded
 
 
-def decode(packet: bytes, direction: Literal["to", "from"]) -> Any:
-    """The message `to` or `from` the daemon in a packet; raises FormatError."""
-    if len(packet) > MAX_PACKET:
-        raise FormatError(f"message of {len(packet)} bytes: a packet holds {MAX_PACKET}")
+def decode(encoded: bytes, direction: Literal["to", "from"]) -> Any:
+    """The message `to` or `from` the daemon; raises FormatError."""
+    if len(encoded) > MAX_MESSAGE:
+        raise FormatError(f"message of {len(encoded)} bytes, expected at most {MAX_MESSAGE}")
     try:
-        return _decoders[direction].decode(packet)
+        return _decoders[direction].decode(encoded)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # a ValidationError is a DecodeError
-        raise FormatError(f"message of {len(packet)} bytes: {error}") from None
+        raise FormatError(f"message of {len(encoded)} bytes: {error}") from None

@@ -38,7 +38,7 @@ from ckptd.daemon.client import refusal, request
 from ckptd.daemon.launch import reach
 from ckptd.daemon.others import packed_directory
 from ckptd.daemon.session import PATIENCE_S
-from ckptd.daemon.wire import ask
+from ckptd.daemon.wire import ask, in_memory
 from ckptd.protocol import messages as m
 from ckptd.protocol.cluster import epoch as cluster
 from ckptd.protocol.cluster import messages as between
@@ -201,14 +201,14 @@ class Start:
 
             def usher() -> bytes:
                 if connection and own == inviter:
-                    with _descriptor_of(begun.directory) as beside:
+                    with _beside(begun.directory) as beside:
                         request(connection[0], m.Usher(begun.begin), GUESTS_S, beside)
                 return b""
 
             def begin() -> bytes:
                 if connection:
                     message = m.Begin(begun.begin, self.places.ranks_here, self.policy)
-                    with _descriptor_of(begun.directory) as beside:
+                    with _beside(begun.directory) as beside:
                         request(connection[0], message, BEGIN_S, beside)
                 return b""
 
@@ -306,17 +306,13 @@ def _orphans(chosen: cluster.Choice, arenas: Sequence[str]) -> dict[str, m.Borro
 
 
 @contextlib.contextmanager
-def _descriptor_of(content: bytes) -> Iterator[list[int]]:
-    """Memory with `content`, to send beside a message; none for nothing."""
+def _beside(content: bytes) -> Iterator[list[int]]:
+    """`content`, to send beside a message; nothing for nothing."""
     if not content:
         yield []
         return
-    descriptor = os.memfd_create("ckptd-directory", os.MFD_CLOEXEC)
-    try:
-        os.write(descriptor, content)
+    with in_memory(content) as descriptor:
         yield [descriptor]
-    finally:
-        os.close(descriptor)
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ import pytest
 
 from ckptd.core.errors import ConfigError, DaemonError
 from ckptd.core.types import Epoch
-from ckptd.daemon import server
+from ckptd.daemon import server, wire
 from ckptd.daemon.address import connect, take_lock
 from ckptd.daemon.launch import reach
 from ckptd.daemon.wire import ask, send
@@ -111,10 +111,11 @@ def test_other_version(served: Lab) -> None:
 def garbage() -> Iterator[bytes]:
     """Packets that are no messages, or messages out of place."""
     draw = random.Random(1)
-    yield from (draw.randbytes(size) for size in (1, 2, 100, 4096, m.MAX_PACKET))
+    yield from (draw.randbytes(size) for size in (1, 2, 100, 4096, wire.MAX_PACKET))
     good = m.encode(m.Prepare(m.PROTOCOL, "a job", EPOCH))
     yield from (good[:cut] for cut in range(1, len(good), 7))
     yield b"\x93" * 1000
+    yield wire.LONG
     yield m.encode(m.Status()) * 2
     yield m.encode(m.Begun())
 
@@ -135,16 +136,16 @@ def test_oversize_packet_and_descriptors(served: Lab) -> None:
     pid = answers(served)
     with connect(served.address) as connection:
         connection.settimeout(30)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * m.MAX_PACKET)
-        connection.send(bytes(m.MAX_PACKET + 1))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * wire.MAX_PACKET)
+        connection.send(bytes(wire.MAX_PACKET + 1))
         assert connection.recv(1) == b""
     before = len(os.listdir(f"/proc/{pid}/fd"))
     read, write = os.pipe()
-    for packet in (m.encode(m.Status()), m.encode(m.Ready(1)), m.encode(m.Pieces(1)), b"garbage"):
+    for packet in (m.encode(m.Status()), m.encode(m.Ready(1)), m.encode(m.Pieces(1)), b"garbage", wire.LONG):
         with connect(served.address) as connection:
             connection.settimeout(30)
             socket.send_fds(connection, [packet], [write] * 200)
-            connection.recv(m.MAX_PACKET)
+            connection.recv(wire.MAX_PACKET)
     os.close(write)
     assert os.read(read, 1) == b"", "nobody holds the other end"
     os.close(read)

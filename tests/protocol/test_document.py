@@ -7,6 +7,7 @@ import typing
 
 import msgspec
 
+from ckptd.daemon import wire
 from ckptd.protocol import messages as m
 from ckptd.protocol.cluster.root import PIPELINE
 from ckptd.protocol.cluster.state import ClusterState
@@ -41,7 +42,7 @@ def test_every_reason_to_miss_is_explained() -> None:
 
 def test_numbers() -> None:
     """Limits are stated as they are."""
-    for number in (PIPELINE, MAX_RANKS, f"{IDLE_S:.0f}", m.MAX_PACKET // 1024, m.PROTOCOL):
+    for number in (PIPELINE, MAX_RANKS, f"{IDLE_S:.0f}", wire.MAX_PACKET // 1024, m.PROTOCOL):
         assert re.search(rf"\b{number}\b", TEXT), number
 
 

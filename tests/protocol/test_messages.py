@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ckptd.core.errors import FormatError
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, Level, SnapshotId
+from ckptd.daemon import wire
 from ckptd.protocol import messages as m
 from ckptd.protocol.cluster import messages as cluster
 from ckptd.protocol.cluster.epoch import MAX_RECORDS, Choice, beginning
@@ -147,7 +148,7 @@ def packet(kind: type[m.Message], **fields: Any) -> bytes:
         packet(m.Captured, replicas={1: 2**32}),
         packet(m.Captured, replicas=dict.fromkeys(range(1025), 1)),
         m.encode(m.Status()) + b"\x00",
-        b"\x00" * (m.MAX_PACKET + 1),
+        b"\x00" * (m.MAX_MESSAGE + 1),
     ],
 )
 def test_bad_packets_are_refused(bad: bytes) -> None:
@@ -185,16 +186,16 @@ def test_damaged_packets_are_refused(kind: type[m.Message], seed: int, times: in
         m.decode(bytes(data), "to" if kind in TO else "from")
 
 
-def test_a_packet_has_a_limit() -> None:
-    """What does not fit is an error at the sender, and refused where it arrives."""
-    with pytest.raises(FormatError, match="a packet holds"):
-        m.encode(m.Refuse("DaemonError", "x" * m.MAX_PACKET))
-    with pytest.raises(FormatError, match="a packet holds"):
-        m.decode(b"\xc0" * (m.MAX_PACKET + 1), "from")
+def test_a_message_has_a_limit() -> None:
+    """What is longer is an error at the sender, and refused where it arrives."""
+    with pytest.raises(FormatError, match="expected at most"):
+        m.encode(m.Refuse("DaemonError", "x" * m.MAX_MESSAGE))
+    with pytest.raises(FormatError, match="expected at most"):
+        m.decode(b"\xc0" * (m.MAX_MESSAGE + 1), "from")
 
 
 def test_whatever_the_machine_says_fits() -> None:
-    """The longest lists, the longest names, and the longest errors of a store."""
+    """Into a packet: the longest lists, the longest names, and the longest errors of a store."""
     far = Epoch(10**18 - 1, "f" * 16)
     records = [EpochRecord(far, SnapshotId(far, 10**18 - 1))] * MAX_RECORDS
     held = (msgspec.structs.replace(HELD, snapshot=SnapshotId(far, 1)),) * 4
@@ -227,7 +228,7 @@ def test_whatever_the_machine_says_fits() -> None:
     machine.job.flush_failed(write.flush.number, "x" * 10**6)
     machine.handle(2, m.Status(), 0.0)
     said = [m.encode(action.message) for action in machine.take() if hasattr(action, "message")]
-    assert said
+    assert max(map(len, said)) <= wire.MAX_PACKET
     assert len(msgspec.msgpack.encode(machine.state)) < 2**20
 
 
