@@ -11,13 +11,14 @@ from ckptd.core.errors import FormatError
 from ckptd.core.lineage import EpochRecord
 from ckptd.core.types import Epoch, Level, SnapshotId
 from ckptd.protocol.cluster import messages as m
-from ckptd.protocol.cluster.epoch import Launch, choose, numbered, tolerated
+from ckptd.protocol.cluster.epoch import choose, numbered, tolerated
 from ckptd.protocol.cluster.epoch import promise as promise_of
 from ckptd.protocol.cluster.facts import Entry, Held, Membership, Shape, children_of, conjunction, merged, parent_of
 from ckptd.protocol.cluster.member import GIVE_UP_AFTER, MemberMachine
 from ckptd.protocol.cluster.standing import Failure, Flush, Standing, Wish, together
 from ckptd.protocol.cluster.state import ClusterState, Holding, recover
 from tests.protocol.cluster import EPOCH, POLICY, Job, epoch
+from tests.simulate.launch import Launch
 
 E1, E2 = epoch(1), epoch(2)
 TRIPLE = Shape(((0, 1, 2),), 1)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from ckptd.core.types import SnapshotId
 from ckptd.plan.stripe import plan_groups
 from ckptd.protocol.cluster import messages as m
-from ckptd.protocol.cluster.epoch import Launch
 from ckptd.protocol.cluster.facts import Shape
 from ckptd.protocol.cluster.member import MemberMachine
+from tests.simulate.launch import Launch
 from tests.simulate.node import Node
 from tests.simulate.oracle import BrokenPromiseError, Oracle, Store
 

@@ -18,6 +18,7 @@ from ckptd.protocol.cluster.flushing import Flushing
 from ckptd.protocol.cluster.member import MemberMachine
 from ckptd.protocol.cluster.parity import Work
 from ckptd.protocol.cluster.state import ClusterState, Holding
+from tests.simulate.launch import Launch
 from tests.simulate.oracle import BrokenPromiseError
 from tests.simulate.simulation import Simulation
 
@@ -163,12 +164,12 @@ def test_freeing_on_the_own_groups_protection_is_seen(monkeypatch: pytest.Monkey
 def test_beginning_without_all_promises_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """One node of the job has not answered, and counts as lost."""
 
-    def hasty(self: epoch.Launch) -> None:
+    def hasty(self: Launch) -> None:
         if self.choice is None and len(self.promises.keys() & set(self.arenas)) >= max(len(self.arenas) - 1, 1):
             self.choice = epoch.choose(list(self.promises.values()), self._records, self._stored)
             self.record = EpochRecord(self.epoch, self.choice.point)
 
-    monkeypatch.setattr(epoch.Launch, "_choose", hasty)
+    monkeypatch.setattr(Launch, "_choose", hasty)
     breaks("is freed", "was protected", "was sealed")
 
 
