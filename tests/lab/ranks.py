@@ -157,7 +157,7 @@ class Rank:
     def __init__(self, entry: Entry, host: Host, size: int) -> None:
         """`size`: of its string; no two ranks have strings of one length."""
         self.host, self.choice, self.number = host, entry.choice, entry.hello.rank
-        self._size = size + 7_001 * self.number
+        self.size = size + 7_001 * self.number
         self.restored = entry.restore
         self.granted = 0
         self.hesitates = False
@@ -295,7 +295,7 @@ class Rank:
                 self._settle(m.Missed(grant, "layout"))
                 continue
             slot.begin()
-            data, rows = content(self.number, self._wanted, self._size), self._catalog()
+            data, rows = content(self.number, self._wanted, self.size), self._catalog()
             ctypes.memmove(slot.map(), address_of(data), len(data))
             places = zip(rows.file_offset.tolist(), rows.raw.tolist(), strict=True)
             crcs = np.array([crc32c(data[start : start + size]) for start, size in places], np.uint32)
@@ -304,7 +304,7 @@ class Rank:
             self._settle(m.Captured(grant, self._wanted, self._grants[grant].slot))
 
     def _catalog(self) -> Catalog:
-        return _catalog(self.number, self._size)
+        return _catalog(self.number, self.size)
 
     def _due(self, step: int) -> list[int]:
         return sorted(n for n, grant in self._grants.items() if grant.step <= step and n not in self._outcomes)
