@@ -30,6 +30,7 @@ from ckptd.daemon.address import connect
 from ckptd.daemon.client import refusal
 from ckptd.daemon.session import Session
 from ckptd.format.objects import pack_table
+from ckptd.plan.stripe import PIECE_BYTES
 from ckptd.protocol import messages as m
 from ckptd.tiers.arena import Slot, layout
 from ckptd.tiers.peers import listening_address
@@ -41,6 +42,9 @@ from tests.faults.lab import LIMIT_S, Node, environment, until
 
 SHORT = 120_000
 """Bytes of rank 0's string, by default: one piece, of which a node in need asks one other."""
+
+LONG = PIECE_BYTES * 5 // 4
+"""Of these it asks two others in groups of 2 + m."""
 
 CHUNK = 50_000
 OBJECTS_ROOM = 4096

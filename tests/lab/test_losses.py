@@ -13,10 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 import pytest
 
 from ckptd.core.errors import UnrecoverableError
+from ckptd.plan.stripe import PIECE_BYTES
 from tests.lab.hosts import Hosts
-from tests.lab.ranks import Crew, Host, enter
+from tests.lab.ranks import SHORT, Crew, Host, enter
 
 CODES = {"2+1": (3, 1), "2+2": (4, 2), "3+1": (4, 1), "4+2": (6, 2)}
+
+LONG = 3
+"""Of a scheme's sets, so many lose strings with pieces in all segments of the code; the others strings of one."""
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -25,13 +29,16 @@ def test_every_loss(hosts: Hosts, code: str) -> None:
     nobody is let in, and nothing of what the others hold is touched by that."""
     nodes, parity = CODES[code]
     here = hosts.make(nodes)
-    crew = Crew.enter(here, redundancy=code)
+    subsets = list(_subsets(nodes, range(1, parity + 1)))
+    long = (nodes - parity - 1) * PIECE_BYTES + PIECE_BYTES // 4
+    sizes = [*[SHORT] * (len(subsets) - LONG), *[long] * LONG][-len(subsets) :]
+    crew = Crew.enter(here, redundancy=code, string_bytes=sizes[0])
     crew.snapshot(1)
-    for step, lost in enumerate(_subsets(nodes, range(1, parity + 1)), 2):
+    for step, (lost, size) in enumerate(zip(subsets, [*sizes[1:], SHORT], strict=True), 2):
         hosts.lose(*(here[number] for number in lost))
         crew.vanish()
         here = _replaced(here, lost, hosts.make(len(lost)))
-        crew = Crew.enter(here, redundancy=code, resume="must")
+        crew = Crew.enter(here, redundancy=code, resume="must", string_bytes=size)
         assert crew.step == step - 1, lost
         crew.check_restored()
         crew.snapshot(step)

@@ -13,7 +13,7 @@ import pytest
 from ckptd.core.types import Level
 from tests.faults.lab import Fault
 from tests.lab.hosts import Hosts
-from tests.lab.ranks import BEGUN, DECIDED, JOINED, MET, PROMISED, Crew, Launch, Rank, dies_at
+from tests.lab.ranks import BEGUN, DECIDED, JOINED, LONG, MET, PROMISED, Crew, Launch, Rank, dies_at
 
 ENCODES = Fault("ckptd.daemon.protecting:_Task._encode", "hold", process="daemon", call=2)
 REBUILDS = Fault("ckptd.daemon.protecting:_Task._rebuild", "hold", process="daemon")
@@ -60,6 +60,35 @@ def test_another_lost_while_one_is_rebuilt(hosts: Hosts) -> None:
     crew.check_restored()
     crew.snapshot(2)
     launch.fails()
+    crew.close()
+    hosts.end()
+
+
+def test_rebuilt_before_another_gives(hosts: Hosts) -> None:
+    """A new node makes its string anew, and asks one that serves the epoch already and does not give what it holds yet.
+    The failure comes when the new node's rank waits for the string: it is no reason to go without it."""
+    here = hosts.make(1)
+    hosts.plan({"gives": Fault("ckptd.daemon.others:Others.begun", "hold", process="daemon", call=2)})
+    here += hosts.make(1)
+    hosts.plan({})
+    here += hosts.make(1)
+    crew = Crew.enter(here, redundancy="2+1", string_bytes=LONG)
+    crew.snapshot(1)
+    hosts.lose(here[2])
+    crew.vanish()
+    hosts.plan({"fails": Fault("ckptd.tiers.protection.group:SourceError.__init__", "hold", process="daemon")})
+    here[2:] = hosts.make(1)
+    launch = Launch(here, redundancy="2+1", resume="must", string_bytes=LONG)
+    hosts.holds("gives")
+    hosts.holds("fails")
+    hosts.release("gives")
+    here[2].reaches(lambda status: status["ranks"], "its rank")
+    hosts.release("fails")
+    crew = Crew.of(launch.ends())
+    assert crew.step == 1
+    crew.check_restored()
+    assert (here[2].status() or {})["counters"]["protection_errors"] >= 1
+    crew.snapshot(2)
     crew.close()
     hosts.end()
 

@@ -15,14 +15,10 @@ import pytest
 
 from ckptd.core.errors import ConfigError, DaemonError
 from ckptd.core.types import Level
-from ckptd.plan.stripe import PIECE_BYTES
 from tests.faults.lab import LIMIT_S, Fault
 from tests.lab.hosts import SOON, Hosts, all_is_well, misses
 from tests.lab.lan import Lan, UnavailableError
-from tests.lab.ranks import MET, Crew, Launch, enter
-
-LONG = PIECE_BYTES * 5 // 4
-"""Bytes of strings that a node in need asks two others for."""
+from tests.lab.ranks import LONG, MET, Crew, Launch, enter
 
 ENCODES = Fault("ckptd.daemon.protecting:_Task._encode", "hold", process="daemon", call=2)
 IMPATIENT = Fault("ckptd.daemon.protecting:PATIENCE_S", "set 1")
