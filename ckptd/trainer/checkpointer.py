@@ -144,6 +144,7 @@ class Checkpointer:
             exact = snapshot.step == options.resume or not isinstance(options.resume, int)
             return exact and (before is None or snapshot.step < before)
 
+        started = time.perf_counter()
         excluded: list[tuple[SnapshotId, str]] = []
         while True:
             starting = start.Start(self._address, self._group, self._places, options, self._policy(), wanted, excluded)
@@ -158,7 +159,7 @@ class Checkpointer:
                 excluded.append((choice.snapshot, choice.source))
                 if self._group.rank == 0:
                     log.error("%s in %s cannot be restored, trying the next: %s", choice.snapshot, choice.source, error)
-        self._begin(entry, age_s)
+        self._begin(entry, age_s, time.perf_counter() - started)
         return self._step
 
     def _check_state(self) -> bytes:
@@ -196,7 +197,7 @@ class Checkpointer:
             for slot in entry.restore:
                 slot.close()
 
-    def _begin(self, entry: start.Entry, age_s: float | None) -> None:
+    def _begin(self, entry: start.Entry, age_s: float | None, took_s: float) -> None:
         """Everything is in place: the session starts, hooks are set."""
         choice = entry.choice
         self._step = 0 if choice.snapshot is None else choice.snapshot.step
@@ -205,6 +206,9 @@ class Checkpointer:
             "epoch": str(choice.epoch),
             "source": choice.source,
             "age_s": age_s,
+            "took_s": took_s,
+            "begin_s": entry.begin_s,
+            "memory_s": entry.memory_s,
             "not_finite": [] if choice.snapshot is None else _not_finite(self._state.sources()),
         }
         if self._grouped.rank == 0:

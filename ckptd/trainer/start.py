@@ -74,12 +74,15 @@ class Choice(msgspec.Struct, frozen=True):
 
 class Entry(NamedTuple):
     """A rank that is in: its connection, its Hello, and the slots of the restore point that its node holds (read-only,
-    in rank order)."""
+    in rank order). Seconds: until the epoch had begun everywhere, and from then until all ranks had their memory, what
+    was lost of it made anew."""
 
     choice: Choice
     connection: socket.socket
     hello: m.Hello
     restore: list[Slot]
+    begin_s: float
+    memory_s: float
 
 
 Wanted = Callable[[SnapshotId], bool]
@@ -111,7 +114,9 @@ class Start:
     def enter(self) -> Entry:
         """Begins an epoch and joins it. Raises ConfigError, NotFoundError, StoreError, DaemonError, the same on every
         rank."""
+        started = time.perf_counter()
         choice, borrowed = self._begin()
+        begun = time.perf_counter()
         hello = m.Hello(
             m.PROTOCOL,
             self.address.job.name,
@@ -144,7 +149,7 @@ class Start:
             excluded = [*self.excluded, (choice.snapshot, MEMORY)]
             return dataclasses.replace(self, excluded=excluded).enter()
         connection, slots = joined[0]
-        return Entry(choice, connection, hello, slots)
+        return Entry(choice, connection, hello, slots, begun - started, time.perf_counter() - begun)
 
     def _begin(self) -> tuple[Choice, m.Borrow | None]:
         """A daemon that is just leaving, or one that promised a higher number, is asked again: all are."""

@@ -182,11 +182,13 @@ def _went_on(name: str, run: Run, number: int, loss: Loss, expected: dict[int, s
     """From where a launch went on, and whether the weights it was given are those of the run without losses."""
     incarnation = run.incarnations[number]
     step, weights = incarnation.restored["step"], incarnation.restored["weights"]
-    source = incarnation.steps[0]["statistics"]["restored"]["source"]
+    how = incarnation.steps[0]["statistics"]["restored"]
+    source, took_s, memory_s = how["source"], how["took_s"], how["memory_s"]
     equal = weights == expected.get(step)
     return Finding(
         name,
-        f"{step + 1}, restored from {source}; there is no store. Weights (SHA-256) {weights[:16]}, "
+        f"{step + 1}, restored from {source} in {took_s:.2f} s, of it {memory_s:.2f} s for making anew what was lost; "
+        f"there is no store. Weights (SHA-256) {weights[:16]}, "
         f"{'equal' if equal else 'DIFFER'}",
         source == "memory" and loss.protected <= step == incarnation.steps[0]["step"] - 1 and equal,
     )

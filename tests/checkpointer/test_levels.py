@@ -168,7 +168,9 @@ def test_statistics_tell_what_the_loop_paid_and_got(home: Home) -> None:
                 checkpointer.snapshot()
             training.step()
     found = checkpointer.statistics()
-    assert found["restored"]["source"] == "none"
+    restored = found["restored"]
+    assert restored["source"] == "none"
+    assert 0 < restored["begin_s"] + restored["memory_s"] <= restored["took_s"]
     assert found["steps"] == 5
     assert found["snapshots_captured"] == found["snapshots_sealed"] == 2
     assert found["snapshots_skipped"] == 0
