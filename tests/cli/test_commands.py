@@ -291,8 +291,9 @@ def test_prune(store: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["ls", "show", "verify"])
-def test_a_place_that_is_none(command: str, tmp_path: Path) -> None:
+def test_a_place_that_is_none(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line on stderr that names the thing; nothing on stdout; with --json too."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
     file = tmp_path / "file"
     file.write_text("x")
     for place in (tmp_path / "absent", file, "s3://bucket/run"):
