@@ -169,7 +169,7 @@ def asks_in_vain(connection: socket.socket) -> bool:
     """Asks as often as the connection takes it; whether it has been cut."""
     try:
         while True:
-            send(connection, m.Status())
+            send(connection, m.Flush())
     except BlockingIOError:
         return False
     except (BrokenPipeError, ConnectionResetError):
