@@ -113,6 +113,9 @@ def main() -> None:
     parser.add_argument("--options", default="{}")
     parser.add_argument("--ballast", type=int, default=0, help="bytes of state that training does not use")
     parser.add_argument("--grow", type=int, default=0, help="the step at which the state outgrows its slots")
+    parser.add_argument(
+        "--insist", type=int, nargs="*", default=[], help="bodies of this process before which to snapshot"
+    )
     parser.add_argument("--fork", action="store_true", help="leave a forked child behind")
     parser.add_argument("--open-files", type=int, default=0, help="descriptors to hold before ckptd has any")
     arguments = parser.parse_args()
@@ -144,7 +147,9 @@ def main() -> None:
         state["ballast"] = torch.randint(0, 256, (arguments.ballast,), dtype=torch.uint8, generator=noise)
     say(started=True)
     with checkpointer(state, arguments) as ckpt:
-        for step in ckpt.steps(arguments.steps):
+        for body, step in enumerate(ckpt.steps(arguments.steps), 1):
+            if body in arguments.insist:
+                assert ckpt.snapshot() == step - 1
             if arguments.fork and step == 1:
                 forked_child()
             if step == arguments.grow:

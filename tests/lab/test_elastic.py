@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.lab import Fault
 from tests.lab.cluster import Cluster
-from tests.lab.test_lost_nodes import HOLD
-
-LATER = {"again": Fault("step", "hold", call=150, process="rank0")}
-"""Late enough for grants to come before."""
+from tests.lab.test_lost_nodes import AGAIN, CAPTURES, HOLD
 
 
 @pytest.mark.parametrize(
@@ -23,13 +19,13 @@ LATER = {"again": Fault("step", "hold", call=150, process="rank0")}
 def test_another_number_of_nodes(cluster: Cluster, names: str, redundancy: str, lost: str, left: str) -> None:
     """What no node holds whole is made anew; training goes on, and is protected again where there are others."""
     nodes = names.split()
-    run = cluster.start(names, faults=HOLD, redundancy=redundancy)
+    run = cluster.start(names, *CAPTURES, faults=HOLD, redundancy=redundancy)
     cluster.holds("hold")
-    protected = cluster.reach("protected", 10, *nodes)
+    protected = cluster.reach("protected", 2, *nodes)
     if lost:
         cluster.lose(*lost.split())
     run.kill()
-    run = cluster.start(left, faults=LATER, steps=200)
+    run = cluster.start(left, *CAPTURES, faults=AGAIN, steps=20)
     cluster.holds("again")
     assert run.restored()["source"] == "memory"
     step = run.restored()["step"]

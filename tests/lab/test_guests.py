@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.lab import Fault, until
+from tests.faults.lab import until
 from tests.lab.cluster import Cluster
-from tests.lab.test_elastic import LATER
-
-HOLD = {"hold": Fault("step", "hold", call=60, process="rank0")}
-"""All ranks stand at step 60, where rank 0 waits and the others wait for it."""
+from tests.lab.test_lost_nodes import AGAIN, CAPTURES, HOLD
 
 
 @pytest.mark.parametrize(
@@ -25,15 +22,15 @@ def test_more_nodes_leave_than_may_be_lost(
 ) -> None:
     """Guests give what they hold, and end once something newer is protected."""
     nodes = names.split()
-    run = cluster.start(names, faults=HOLD, steps=100, redundancy=redundancy)
+    run = cluster.start(names, *CAPTURES, faults=HOLD, redundancy=redundancy)
     cluster.holds("hold")
-    protected = cluster.reach("protected", 1, *nodes)
+    protected = cluster.reach("protected", 2, *nodes)
     if lost:
         cluster.lose(lost)
     if stopped:
         cluster.stop(stopped, "daemon")
     run.kill()
-    run = cluster.start(left, faults=LATER, steps=300)
+    run = cluster.start(left, *CAPTURES, faults=AGAIN, steps=20)
     cluster.holds("again")
     assert run.restored()["source"] == "memory", run.said()
     step = run.restored()["step"]

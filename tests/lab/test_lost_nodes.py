@@ -10,8 +10,12 @@ import ckptd
 from tests.faults.lab import Fault
 from tests.lab.cluster import Cluster
 
-HOLD = {"hold": Fault("step", "hold", call=15, process="rank0")}
-"""All ranks stand at step 15, where rank 0 waits and the others wait for it."""
+CAPTURES = ("--insist", "3")
+"""The second step of a launch is captured, however long the grant for it takes."""
+
+HOLD = {"hold": Fault("step", "hold", call=6, process="rank0")}
+AGAIN = {"again": HOLD["hold"]}
+"""All ranks stand in the sixth step of a launch, where rank 0 waits and the others wait for it."""
 
 REBUILT = Fault("ckptd.daemon.protecting:_Task._rebuild", "note", process="daemon", lasting=True)
 
@@ -25,12 +29,12 @@ def test_replaced(
 ) -> None:
     """As many nodes as are tolerated are lost after something was protected, and replaced."""
     nodes = names.split()
-    run = cluster.start(names, faults=HOLD, redundancy=redundancy)
+    run = cluster.start(names, *CAPTURES, faults=HOLD, redundancy=redundancy)
     cluster.holds("hold")
-    protected = cluster.reach("protected", 10, *nodes)
+    protected = cluster.reach("protected", 2, *nodes)
     cluster.lose(*lost.split())
     run.kill()
-    run = cluster.start(replaced, redundancy=redundancy, faults={"again": HOLD["hold"], "rebuilt": REBUILT})
+    run = cluster.start(replaced, *CAPTURES, steps=20, redundancy=redundancy, faults={**AGAIN, "rebuilt": REBUILT})
     cluster.holds("again")
     assert cluster.notes("rebuilt")
     assert run.restored()["source"] == "memory"
@@ -38,7 +42,7 @@ def test_replaced(
     assert step >= protected
     cluster.reach("protected", step + 1, *replaced.split())
     cluster.release("again")
-    assert run.finishes()["hash"] == expected(ranks=len(nodes), parallel="fsdp")
+    assert run.finishes()["hash"] == expected(steps=20, ranks=len(nodes), parallel="fsdp")
     cluster.daemons_end()
 
 
@@ -61,38 +65,31 @@ def test_lost_before_anything_is_protected(cluster: Cluster, expected: Callable[
 
 def test_more_lost_than_tolerated(stored: Cluster, expected: Callable[..., str]) -> None:
     """The newest checkpoint is left; all nodes have written it, and anyone can read it."""
-    run = stored.start("a b", faults=HOLD, flush_every=5, keep=None)
+    run = stored.start("a b", *CAPTURES, faults=HOLD, flush_every=2, keep=None)
     stored.holds("hold")
-    durable = stored.reach("durable", 5, "a")
+    durable = stored.reach("durable", 2, "a")
     stored.lose("a", "b")
     run.kill()
     durable = max(stored.checkpoints())
-    run = stored.start("c d", keep=None)
-    assert run.finishes()["hash"] == expected(ranks=2, parallel="fsdp")
+    run = stored.start("c d", steps=20, keep=None)
+    assert run.finishes()["hash"] == expected(steps=20, ranks=2, parallel="fsdp")
     assert (run.restored()["step"], run.restored()["source"]) == (durable, "store")
     stored.ends_clean()
-    assert max(stored.checkpoints()) == 40
+    assert max(stored.checkpoints()) == 20
     counts = {"drawn": 0}
-    assert ckptd.load({"counts": counts}, stored.store) == 40
-    assert counts == {"drawn": 320}
+    assert ckptd.load({"counts": counts}, stored.store) == 20
+    assert counts == {"drawn": 160}
 
 
 def test_trainers_lost(cluster: Cluster, expected: Callable[..., str]) -> None:
     """All trainers are killed and every daemon lives: nothing is rebuilt. Then a daemon is killed: its keeper starts
     another, which goes on with the snapshots and the parities of the first."""
-    run = cluster.start("a b", faults={**HOLD, "rebuilt": REBUILT})
+    run = cluster.start("a b", *CAPTURES, faults={**HOLD, "rebuilt": REBUILT})
     cluster.holds("hold")
-    protected = cluster.reach("protected", 10, "a", "b")
+    protected = cluster.reach("protected", 2, "a", "b")
     run.kill()
-    run = cluster.start(
-        "a b",
-        steps=60,
-        faults={
-            "again": HOLD["hold"],
-            "later": Fault("step", "hold", call=30, process="rank0"),
-            "rebuilt": REBUILT,
-        },
-    )
+    later = Fault("step", "hold", call=12, process="rank0")
+    run = cluster.start("a b", *CAPTURES, "10", steps=20, faults={**AGAIN, "later": later, "rebuilt": REBUILT})
     cluster.holds("again")
     assert run.restored()["source"] == "memory"
     assert run.restored()["step"] >= protected
@@ -106,16 +103,16 @@ def test_trainers_lost(cluster: Cluster, expected: Callable[..., str]) -> None:
     cluster.holds("later")
     cluster.reach("protected", protected + 1, "a", "b")
     cluster.release("later")
-    assert run.finishes()["hash"] == expected(steps=60, ranks=2, parallel="fsdp")
+    assert run.finishes()["hash"] == expected(steps=20, ranks=2, parallel="fsdp")
     cluster.daemons_end()
 
 
 def test_a_daemon_stands_still(cluster: Cluster, expected: Callable[..., str]) -> None:
     """Training goes on, nothing more is protected and nothing that was is lost; then all is as before."""
-    later, last = (Fault("step", "hold", call=call, process="rank0") for call in (60, 120))
-    run = cluster.start("a b", steps=125, faults={**HOLD, "later": later, "last": last})
+    later, last = (Fault("step", "hold", call=call, process="rank0") for call in (30, 36))
+    run = cluster.start("a b", *CAPTURES, "33", steps=40, faults={**HOLD, "later": later, "last": last})
     cluster.holds("hold")
-    cluster.reach("protected", 10, "a", "b")
+    cluster.reach("protected", 2, "a", "b")
     cluster.stop("b", "daemon", "keeper")
     before = cluster.step_of("protected", "a")
     cluster.release("hold")
@@ -124,7 +121,7 @@ def test_a_daemon_stands_still(cluster: Cluster, expected: Callable[..., str]) -
     cluster.proceed("b")
     cluster.release("later")
     cluster.holds("last")
-    cluster.reach("protected", 61, "a", "b")
+    cluster.reach("protected", 32, "a", "b")
     cluster.release("last")
-    assert run.finishes()["hash"] == expected(steps=125, ranks=2, parallel="fsdp")
+    assert run.finishes()["hash"] == expected(ranks=2, parallel="fsdp")
     cluster.daemons_end()
