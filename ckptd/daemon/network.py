@@ -267,10 +267,12 @@ class Network:
             self._push(node, outbox)
 
     def greet(self, nodes: Sequence[str]) -> None:
-        """Sees whether some nodes can be reached, where there was nothing to say to them for a while."""
+        """Sees whether some nodes can be reached, where there was nothing to say to them for a while, or the last
+        message failed."""
         for node in nodes:
             outbox = self._outboxes.setdefault(node, _Outbox(self._loop.time()))
-            if not outbox.busy and self._loop.time() - outbox.ended_s >= GREET_S:
+            quiet = self._loop.time() - outbox.ended_s >= GREET_S
+            if not outbox.busy and (quiet or outbox.failing_s is not None):
                 outbox.waiting["meet"] = "meet", b""
                 self._push(node, outbox)
 

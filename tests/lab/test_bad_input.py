@@ -58,7 +58,7 @@ NO_MEMORY = Fault("ckptd.tiers.protection.area:ParityArea.create", "alter tests.
 def _refused(found: list[Rank | Exception], kind: type[CkptdError], *words: str) -> None:
     """Every rank has an error of this kind, in the same words."""
     assert {type(error) for error in found} == {kind}, found
-    texts = {str(error).removeprefix("rank 0: ").removeprefix("rank 2: ") for error in found}
+    texts = {str(error).removeprefix("rank 0: ").removeprefix("rank 1: ") for error in found}
     assert len(texts) == 1, texts
     assert all(word in str(found[0]) for word in words), texts
 
@@ -67,15 +67,15 @@ def _refused(found: list[Rank | Exception], kind: type[CkptdError], *words: str)
     ("fault", "kind", "words"),
     [
         (NEWER, VersionError, ["protocol 1; this daemon speaks 2"]),
-        (TOKEN, ConfigError, ["node 'n0' cannot work with node 'n2': node n2 at", "has another token than epoch"]),
-        (CERTIFICATE, ConfigError, ["node 'n0' cannot work with node 'n2': node n2 at", "another certificate"]),
+        (TOKEN, ConfigError, ["node 'n0' cannot work with node 'n1': node n1 at", "has another token than epoch"]),
+        (CERTIFICATE, ConfigError, ["node 'n0' cannot work with node 'n1': node n1 at", "another certificate"]),
     ],
     ids=["version", "token", "certificate"],
 )
 def test_another_daemon_at_start(hosts: Hosts, fault: Fault, kind: type[CkptdError], words: list[str]) -> None:
-    """The daemon of one of three nodes is of another version, or shows what the others do not know."""
+    """The daemon of one of two nodes is of another version, or shows what the others do not know."""
     hosts.plan(SOON)
-    here = hosts.make(2)
+    here = hosts.make(1)
     hosts.plan({**SOON, "wrong": fault})
     here += hosts.make(1)
     _refused(enter(here), kind, *words)
@@ -87,10 +87,10 @@ def test_certificates_of_another_site(hosts: Hosts, tmp_path: Path, other: bool)
     hosts.plan(SOON)
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    here = hosts.make(2, CKPTD_TLS_DIR=str(Site(tmp_path / "one").issue("node.example")))
+    here = hosts.make(1, CKPTD_TLS_DIR=str(Site(tmp_path / "one").issue("node.example")))
     wrong = Site(tmp_path / "two").issue("node.example") if other else tmp_path / "nowhere"
     here += hosts.make(1, CKPTD_TLS_DIR=str(wrong))
-    mixed = ["cannot work with node 'n2': node n2 at", "certificate"]
+    mixed = ["cannot work with node 'n1': node n1 at", "certificate"]
     words = mixed if other else ["nowhere: ca.pem: No such file"]
     _refused(enter(here), ConfigError, *words)
 
@@ -130,24 +130,22 @@ def test_memory_that_is_too_little(hosts: Hosts) -> None:
 def test_another_daemon_later(hosts: Hosts, fault: Fault, why: str) -> None:
     """A daemon that its keeper has started anew is not what the others know."""
     hosts.plan(SOON)
-    here = hosts.make(2)
+    here = hosts.make(1)
     hosts.plan({**SOON, "wrong": fault})
     hosts.release("wrong")
     here += hosts.make(1)
     crew = Crew.enter(here)
     crew.snapshot(1)
     hosts.arm("wrong")
-    hosts.kill_daemons(here[2])
-    for rank in crew.ranks[:2]:
-        rank.request(2)
-    misses(here[0], here[2], why=why)
-    misses(here[1], here[2], why=why)
+    hosts.kill_daemons(here[1])
+    crew.ranks[0].request(2)
+    misses(here[0], here[1], why=why)
     assert {rank.level(Level.PROTECTED) for rank in crew.ranks} == {1}
     hosts.release("wrong")
-    hosts.kill_daemons(here[2])
+    hosts.kill_daemons(here[1])
     if fault is NEWER:  # that rank is told, and ends; so does the launch
         with pytest.raises(VersionError, match="this daemon speaks 2"):
-            crew.ranks[2].reaches(Level.PROTECTED, 2)
+            crew.ranks[1].reaches(Level.PROTECTED, 2)
         crew.vanish()
         crew = Crew.enter(here, resume="must")
         crew.check_restored()
@@ -158,13 +156,13 @@ def test_another_daemon_later(hosts: Hosts, fault: Fault, why: str) -> None:
 
 
 def test_no_memory_for_parities(hosts: Hosts) -> None:
-    """On one of three nodes: snapshots are sealed and not protected, until there is."""
-    here = hosts.make(2)
+    """On one of two nodes: snapshots are sealed and not protected, until there is."""
+    here = hosts.make(1)
     hosts.plan({"memory": NO_MEMORY})
     here += hosts.make(1)
     crew = Crew.enter(here)
     crew.snapshot(1, Level.SEALED)
-    status = here[2].reaches(lambda status: status["failing"], "an encoding to fail")
+    status = here[1].reaches(lambda status: status["failing"], "an encoding to fail")
     (problem,) = find_problems(status)
     assert problem.startswith("protection fails: Encode of step 1 of epoch")
     assert "snapshot memory: " in problem

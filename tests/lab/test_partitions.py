@@ -43,31 +43,31 @@ def hosts(tmp_path: Path, lan: Lan) -> Iterator[Hosts]:
         yield made
 
 
-@pytest.mark.parametrize("number", [0, 2], ids=["root", "other"])
-def test_cut_off_before_it_is_protected(hosts: Hosts, lan: Lan, number: int) -> None:
-    """A snapshot is sealed, and a node is cut off while it makes its parities. Nobody announces it as protected until
-    the node is back; then it is, and the next one as well."""
+def test_cut_off_before_it_is_protected(hosts: Hosts, lan: Lan) -> None:
+    """A node is cut off, the root or another, and ranks want a snapshot. Nobody announces it as protected until the
+    node is back; then it is, and the next one as well."""
     here = hosts.make(3)
     crew = Crew.enter(here, redundancy="2+1")
     crew.snapshot(1)
-    hosts.plan({**SOON, "encodes": ENCODES})
-    alone, rest = here[number], [host for host in here if host is not here[number]]
-    with lan.cut(alone.lan_address):
-        crew.request(2)
-        for host in rest:
-            misses(host, alone)
-        assert {rank.level(Level.PROTECTED) for rank in crew.ranks} == {1}
-    for rank in crew.ranks:
-        rank.reaches(Level.PROTECTED, 2)
-    crew.snapshot(3)
-    all_is_well(here, 3)
+    for step, alone in ((2, here[2]), (4, here[0])):
+        with lan.cut(alone.lan_address):
+            crew.request(step)
+            for host in here:
+                if host is not alone:
+                    misses(host, alone)
+            assert {rank.level(Level.PROTECTED) for rank in crew.ranks} == {step - 1}
+        for rank in crew.ranks:
+            rank.reaches(Level.PROTECTED, step)
+        crew.snapshot(step + 1)
+        all_is_well(here, step + 1)
     crew.close()
     hosts.end()
 
 
 def test_sealed_and_not_protected(hosts: Hosts, lan: Lan) -> None:
     """A snapshot is sealed, and a node is cut off before it has the bytes for its parities: the snapshot is protected
-    when the node is back."""
+    when the node is back. Then two members of the group have the root in common and not each other: everything is
+    sealed and nothing protected, and both of them know why."""
     here = hosts.make(2)
     hosts.plan({**SOON, "encodes": ENCODES})
     here += hosts.make(1)
@@ -82,23 +82,13 @@ def test_sealed_and_not_protected(hosts: Hosts, lan: Lan) -> None:
         assert {rank.level(Level.PROTECTED) for rank in crew.ranks} == {1}
     crew.snapshot(3)
     all_is_well(here, 3)
-    crew.close()
-    hosts.end()
-
-
-def test_one_direction_between_two(hosts: Hosts, lan: Lan) -> None:
-    """Two members of a group have the root in common and not each other: everything is sealed and nothing protected.
-    Both of them know why."""
-    here = hosts.make(3)
-    crew = Crew.enter(here, redundancy="2+1")
-    crew.snapshot(1)
     with lan.swallow(here[1].lan_address, here[2].lan_address):
-        crew.snapshot(2, Level.SEALED)
+        crew.snapshot(4, Level.SEALED)
         misses(here[1], here[2])
         misses(here[2], here[1])
-        assert {rank.level(Level.PROTECTED) for rank in crew.ranks} == {1}
-    crew.snapshot(3)
-    all_is_well(here, 3)
+        assert {rank.level(Level.PROTECTED) for rank in crew.ranks} == {3}
+    crew.snapshot(5)
+    all_is_well(here, 5)
     crew.close()
     hosts.end()
 

@@ -177,7 +177,7 @@ def test_a_killed_peer_is_named() -> None:
 
 
 def test_a_stopped_peer_meets_the_deadline() -> None:
-    """SIGSTOP: its kernel still answers, it does not. Once it goes on, so do pulls on the same connections."""
+    """SIGSTOP: its kernel still answers, it does not. Once it goes on, so do pulls."""
     here = credentials("here")
     with Child(here, SIZE) as child:
         peer = Peer(here, child.announcement, deadline_s=WAIT_S)
@@ -335,9 +335,9 @@ def test_messages_and_their_errors() -> None:
         assert len(peer.ask("Echo", bytes(MOST_MESSAGE_BYTES - 10))) == MOST_MESSAGE_BYTES
         with pytest.raises(ConfigError, match=r"node there at .*: not on my watch$"):
             peer.ask("Refuse", b"")
-        with pytest.raises(FormatError, match="answer to Big of 1048577 bytes"):
+        with pytest.raises(FormatError, match=f"answer to Big of {MOST_MESSAGE_BYTES + 1} bytes"):
             peer.ask("Big", b"1")
-        with pytest.raises(FormatError, match="of 1048577 bytes"):
+        with pytest.raises(FormatError, match=f"of {MOST_MESSAGE_BYTES + 1} bytes"):
             peer.ask("Echo", bytes(MOST_MESSAGE_BYTES + 1))
         with pytest.raises(FormatError, match="expected a name"):
             peer.ask("no spaces", b"")
@@ -354,6 +354,46 @@ def test_a_message_has_a_deadline() -> None:
         with pytest.raises(DeadlineError, match=r"within 0.1 s"):
             peer.ask("Wait", b"", deadline_s=0.1)
         leave.set()
+
+
+def test_who_did_not_answer_in_time_is_asked_on_a_new_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a cut TCP goes on waiting for as long as the cut has lasted. Other errors cost no connection."""
+    made: list[object] = []
+    client = flight.FlightClient
+    monkeypatch.setattr(flight, "FlightClient", lambda *place, **how: made.append(place) or client(*place, **how))
+    leave = threading.Event()
+
+    def answer(node: str, kind: str, body: bytes) -> bytes:
+        leave.wait(WAIT_S)
+        if kind == "Refused":
+            raise NotFoundError("nothing")
+        return b""
+
+    source = Scripted(random_bytes(SIZE), hold_at=0)
+    with pair(answer=answer, peer={"streams": 1}) as (node, peer):
+        node.sources.register(SNAPSHOT, "string", source)
+        target = np.zeros(1, np.uint8).data
+        for asks in (
+            lambda limit: peer.ask("Wait", b"", limit),
+            lambda limit: peer.pull(SNAPSHOT, "string", 0, target, deadline_s=limit),
+        ):
+            made.clear()
+            with pytest.raises(DeadlineError):
+                asks(0.1)
+            leave.set()
+            source.go_on.set()
+            for _ in range(2):
+                asks(WAIT_S)
+            assert len(made) == 2
+            leave.clear()
+            source.go_on.clear()
+        leave.set()
+        made.clear()
+        for _ in range(2):
+            with pytest.raises(NotFoundError):
+                peer.ask("Refused", b"")
+        source.go_on.set()
+        assert made == []
 
 
 def test_messages_do_not_wait_behind_pulls() -> None:

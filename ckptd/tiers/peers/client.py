@@ -48,10 +48,9 @@ STREAMS = 2
 Checksums = npt.NDArray[np.uint32]
 
 _ROOM_BYTES = 64 * 1024
-"""For what Flight puts around a batch."""
+"""For what Flight puts around a batch, or a message."""
 
 _OPTIONS = [
-    ("grpc.max_receive_message_length", BATCH_BYTES + _ROOM_BYTES),
     ("grpc.use_local_subchannel_pool", 1),  # else all clients of a peer share one connection
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -244,7 +243,7 @@ class Peer:
             raise DeadlineError(f"{self._label}: all connections were busy for {limit:g} s") from None
         try:
             if client is None:
-                client = self._connect()
+                client = self._connect(BATCH_BYTES)
             yield client
         except DeadlineError:
             client.close()
@@ -260,21 +259,22 @@ class Peer:
         """The one that messages share: they do not wait behind pieces."""
         with self._opening:
             if self._messages is None:
-                self._messages = self._connect()
+                self._messages = self._connect(MOST_MESSAGE_BYTES)
             client = self._messages
         try:
             yield client
         except DeadlineError:
             with self._opening:
                 if self._messages is client:
-                    self._messages = None
-            client.close()
+                    self._messages = None  # not closed: others may wait for answers on it; it ends with the last
             raise
 
-    def _connect(self) -> Any:
+    def _connect(self, most_bytes: int) -> Any:
+        """A connection that takes in no more than so many bytes at a time."""
         if self._closed:
             raise DaemonError(f"{self._label}: this node has closed its connections to it")
-        return flight.FlightClient(f"{self._scheme}://{self._place}", generic_options=_OPTIONS, **self._security)
+        options = [("grpc.max_receive_message_length", most_bytes + _ROOM_BYTES), *_OPTIONS]
+        return flight.FlightClient(f"{self._scheme}://{self._place}", generic_options=options, **self._security)
 
     @contextlib.contextmanager
     def _errors(self, limit: float) -> Iterator[None]:
