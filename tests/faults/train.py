@@ -39,8 +39,7 @@ def build(parallel: str) -> tuple[nn.Module, nn.Module]:
     if parallel == "ddp":
         return DistributedDataParallel(model), model
     if parallel == "fsdp":
-        for layer in model:
-            fully_shard(layer)
+        fully_shard(model[0])
         fully_shard(model)
     return model, model
 
