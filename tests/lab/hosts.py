@@ -38,6 +38,11 @@ class Hosts(Planned):
         return self
 
     def __exit__(self, *failure: object) -> None:
+        """Ranks of a test that has failed live on and would start daemons: there is no place for these any more."""
+        for host in self._made:
+            if host.runtime.is_dir():
+                host.runtime.rename(f"{host.runtime}.ended")
+                host.runtime.touch()
         until(lambda: not inject.kill(self._runtimes(self._made), ROLES), "the end of all daemons")
 
     def make(self, count: int, **variables: str) -> list[Host]:
@@ -100,10 +105,14 @@ class Hosts(Planned):
 
 
 def misses(host: Host, *others: Host, why: str = "") -> None:
-    """Waits until a node's status says that it does not reach some others, and only these; and so do its problems."""
+    """Waits until a node's status says that it does not reach some others, and only these, and `why`; and so do its
+    problems."""
     names = [other.name for other in others]
     status = host.reaches(
-        lambda status: [found["node"] for found in status["not_reached"]] == names,
+        lambda status: (
+            [found["node"] for found in status["not_reached"]] == names
+            and all(why in found["why"] for found in status["not_reached"])
+        ),
         f"{host.name} to miss {names}",
     )
     problems = find_problems(status)
