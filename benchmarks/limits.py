@@ -316,7 +316,7 @@ def main() -> None:
             lines += half(options.state // 4, threads)
         if "tensors" in parts:
             lines += many(options.tensors, options.rounds, threads, sharded=False)
-            dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=0, world_size=1)
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
             lines += many(options.tensors, options.rounds, threads, sharded=True)
             dist.destroy_process_group()
     finally:

@@ -257,9 +257,9 @@ void populate_pages(std::uint64_t address, std::uint64_t size, bool write) {
     }
 }
 
-std::uint64_t huge_pages(int descriptor, std::uint64_t offset, std::uint64_t size) {
+std::uint64_t huge_pages(int descriptor, std::uint64_t offset, std::uint64_t size, int most_slow) {
     nb::gil_scoped_release released;
-    return back_with_huge_pages(descriptor, offset, size);
+    return back_with_huge_pages(descriptor, offset, size, most_slow);
 }
 
 }  // namespace
@@ -295,6 +295,6 @@ NB_MODULE(_native, module) {
                "sizes"_a.noconvert(), "targets"_a.noconvert(), "lengths"_a.noconvert(), nb::kw_only(),
                "crc"_a.noconvert() = nb::none(), "threads"_a = 1, "portable"_a = false);
     module.def("populate", &populate_pages, "address"_a, "size"_a, nb::kw_only(), "write"_a = true);
-    module.def("back_with_huge_pages", &huge_pages, "descriptor"_a, "offset"_a, "size"_a);
+    module.def("back_with_huge_pages", &huge_pages, "descriptor"_a, "offset"_a, "size"_a, "most_slow"_a);
     define_cuda(module);
 }

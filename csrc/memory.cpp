@@ -17,9 +17,8 @@ constexpr int advice_collapse = 25;
 
 constexpr std::size_t huge_page = std::size_t{2} << 20;
 
-// Where memory is in pieces the kernel may take long to put a huge page together: that often it may.
+// Where memory is in pieces the kernel may take longer than this to put a huge page together.
 constexpr std::chrono::milliseconds slow_page{2};
-constexpr int most_slow_pages = 16;
 
 }  // namespace
 
@@ -50,7 +49,7 @@ bool collapse(char* address) {
 
 }  // namespace
 
-std::size_t back_with_huge_pages(int descriptor, std::size_t offset, std::size_t size) {
+std::size_t back_with_huge_pages(int descriptor, std::size_t offset, std::size_t size, int most_slow) {
     const std::size_t first = (offset + huge_page - 1) / huge_page * huge_page;
     const std::size_t end = (offset + size) / huge_page * huge_page;
     if (first >= end) return 0;
@@ -63,7 +62,7 @@ std::size_t back_with_huge_pages(int descriptor, std::size_t offset, std::size_t
     std::size_t backed = 0;
     if (mmap(aligned, end - first, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, descriptor,
              static_cast<off_t>(first)) != MAP_FAILED) {
-        for (int slow = 0; backed < end - first && slow < most_slow_pages;) {
+        for (int slow = 0; backed < end - first && slow < most_slow;) {
             const auto began = std::chrono::steady_clock::now();
             if (!collapse(aligned + backed)) break;
             backed += huge_page;

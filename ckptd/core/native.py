@@ -185,11 +185,11 @@ def populate(address: int, size: int, *, write: bool = True) -> None:
     _native.populate(address, size, write=write)
 
 
-def back_with_huge_pages(descriptor: int, offset: int, size: int) -> int:
+def back_with_huge_pages(descriptor: int, offset: int, size: int, most_slow: int) -> int:
     """Backs a range of a memfd with pages of 2 MiB as far as they are to be had; returns the bytes that now lie there.
 
     The bytes stay as they are, and what is not backed stays as it was: nothing depends on it but speed, so this is
-    never an error, and it stops where the kernel takes long to make one. Whole pages within the range only. Linux 6.1
-    and newer, whatever transparent huge pages are set to (MADV_COLLAPSE, madvise(2)).
+    never an error, and it stops after `most_slow` that took the kernel longer than 2 ms to make. Whole pages within the
+    range only. Linux 6.1 and newer, whatever transparent huge pages are set to (MADV_COLLAPSE, madvise(2)).
     """
-    return _native.back_with_huge_pages(descriptor, offset, size)
+    return _native.back_with_huge_pages(descriptor, offset, size, most_slow)

@@ -21,6 +21,9 @@ from ckptd.core.native import back_with_huge_pages
 
 STEP_BYTES = 256 * 1024 * 1024
 HUGE_PAGE = 2 * 1024 * 1024
+SLOW_PAGES, URGENT_SLOW_PAGES = 16, 2
+"""Huge pages that the kernel may take long to make before small ones are taken for the rest."""
+
 RESERVE_BYTES = 64 * 1024 * 1024
 """Left free under every limit: the processes themselves need some."""
 
@@ -80,10 +83,11 @@ def _read(path: Path) -> str:
         return ""
 
 
-def allocate(descriptor: int, size: int) -> None:
+def allocate(descriptor: int, size: int, *, urgent: bool = False) -> None:
     """Backs `size` bytes of a memfd with memory, in huge pages where they are to be had: the kernel copies in and out
-    of them about twice as fast. Raises ConfigError with needed, available and the limit."""
-    huge = True
+    of them about twice as fast. `urgent`: they are not worth waiting for. Raises ConfigError with needed, available
+    and the limit."""
+    huge, most_slow = True, URGENT_SLOW_PAGES if urgent else SLOW_PAGES
     for offset in range(0, size, STEP_BYTES):
         step = min(STEP_BYTES, size - offset)
         room = headroom()
@@ -91,7 +95,7 @@ def allocate(descriptor: int, size: int) -> None:
             raise ConfigError(
                 f"snapshot memory: {size - offset} more bytes needed, {room.available} available ({room.limit})"
             )
-        huge = huge and back_with_huge_pages(descriptor, offset, step) >= step // HUGE_PAGE * HUGE_PAGE
+        huge = huge and back_with_huge_pages(descriptor, offset, step, most_slow) >= step // HUGE_PAGE * HUGE_PAGE
         try:
             while True:
                 try:
@@ -105,14 +109,14 @@ def allocate(descriptor: int, size: int) -> None:
             ) from None
 
 
-def sealed_memory(name: str, size: int) -> int:
+def sealed_memory(name: str, size: int, *, urgent: bool = False) -> int:
     """The descriptor of a new memfd of that size, allocated and sealed. Raises ConfigError where memory is short."""
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.fchmod(descriptor, 0o600)
         os.ftruncate(descriptor, size)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
-        allocate(descriptor, size)
+        allocate(descriptor, size, urgent=urgent)
     except BaseException:
         os.close(descriptor)
         raise

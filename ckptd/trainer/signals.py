@@ -1,8 +1,10 @@
 """SIGTERM: the newest sealed snapshot becomes durable before the process ends, if the grace time allows.
 
 A main thread inside a collective runs Python's handlers seconds late, so the signal is read through the wakeup fd by a
-thread. When it is done, what would have happened without ckptd happens: a previous Python handler runs in the main
-thread, or the default action ends the process.
+thread, and training goes on meanwhile. When it is done, what would have happened without ckptd happens: a previous
+Python handler runs in the main thread, or the default action ends the process.
+
+Invariant: the handler never waits. It may run inside any lock of the main thread, which what it waited for would need.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ class Terminator:
         """`drain(grace_s)` is called once, on a thread, when SIGTERM comes."""
         self._drain, self._grace_s = drain, grace_s
         self._done = threading.Event()
+        self._deferred = self._told = False
         self._installed = threading.current_thread() is threading.main_thread()
         if not self._installed:
             return
@@ -77,10 +80,17 @@ class Terminator:
         self._done.set()
         if self._previous is signal.SIG_DFL:
             _default(signal.SIGTERM)
+        elif self._deferred and not self._told:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Python's handler, in the main thread, whenever it gets there."""
-        self._done.wait(self._grace_s)
+        """Python's handler, in the main thread, whenever it gets there: perhaps before all is done, and then again."""
+        self._deferred = True  # before it looks: so this thread or the other sees what the other one has done
+        if not self._done.is_set() or self._told:
+            return
+        self._told = True
+        with contextlib.suppress(TypeError):  # one that C has set
+            signal.signal(signal.SIGTERM, self._previous)
         if callable(self._previous):
             self._previous(number, frame)
 

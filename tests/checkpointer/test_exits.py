@@ -352,6 +352,30 @@ def test_sigterm_kills_when_the_newest_sealed_snapshot_is_durable(home: Home) ->
     home.stop()
 
 
+@pytest.mark.parametrize("handler", ["default", "exit"])
+def test_sigterm_wherever_the_main_thread_is(home: Home, handler: str) -> None:
+    """Inside a lock that the drain needs, above all: Python runs its handler there."""
+    child = Child(home.environment, home.folder / "log", terminate_in_a_lock, home.store(), handler)
+    ended = child.end()
+    assert ended.status == (7 if handler == "exit" else -signal.SIGTERM), ended.stderr
+    assert home.checkpoints()
+    home.stop()
+
+
+def terminate_in_a_lock(store: str, handler: str) -> None:
+    if handler == "exit":
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(7))
+    training = Training()
+    with ckptd.Checkpointer(training.state, store, flush_every=None, grace_s=1000) as checkpointer:
+        for step in checkpointer.steps():
+            if step == 4:
+                checkpointer.snapshot()
+                with checkpointer._running._lock:
+                    signal.raise_signal(signal.SIGTERM)
+            training.step()
+            time.sleep(0.002)
+
+
 def test_sigterm_in_a_collective_that_hangs(home: Home) -> None:
     """The main thread is in C and never comes back: Python's handlers do not run, ours does."""
     child = Child(home.environment, home.folder / "log", hang, home.store())

@@ -51,7 +51,7 @@ def test_huge_pages_leave_bytes_and_size_as_they_are() -> None:
         os.ftruncate(descriptor, size)
         os.pwrite(descriptor, b"before", HUGE - 3)
         os.pwrite(descriptor, b"end", size - 3)
-        backed = native.back_with_huge_pages(descriptor, mmap.PAGESIZE, size - mmap.PAGESIZE)
+        backed = native.back_with_huge_pages(descriptor, mmap.PAGESIZE, size - mmap.PAGESIZE, 100)
         assert backed in (0, 2 * HUGE)
         assert os.pread(descriptor, 6, HUGE - 3) == b"before"
         assert os.pread(descriptor, 3, size - 3) == b"end"
@@ -68,7 +68,7 @@ def test_less_than_a_huge_page_is_not_backed(size: int) -> None:
     descriptor = os.memfd_create("test")
     try:
         os.ftruncate(descriptor, max(size, 1))
-        assert native.back_with_huge_pages(descriptor, 0, size) == 0
+        assert native.back_with_huge_pages(descriptor, 0, size, 100) == 0
         assert os.fstat(descriptor).st_blocks == 0
     finally:
         os.close(descriptor)
@@ -79,7 +79,7 @@ def test_no_huge_pages_of_what_is_no_memory() -> None:
     reading, writing = os.pipe()
     try:
         for descriptor in (-1, reading):
-            assert native.back_with_huge_pages(descriptor, 0, 2 * HUGE) == 0
+            assert native.back_with_huge_pages(descriptor, 0, 2 * HUGE, 100) == 0
     finally:
         os.close(reading)
         os.close(writing)

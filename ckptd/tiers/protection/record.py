@@ -104,13 +104,13 @@ class SealRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
         return self
 
     def make_slots(self) -> Memory:
-        """New memory for the string. Raises ConfigError where memory is short."""
+        """New memory for the string, which somebody waits for. Raises ConfigError where memory is short."""
         names = [f"ckptd-slot-{slot.rank}" for slot in self.slots] + ["ckptd-frozen"] * len(self.regions)
         sizes = [*(slot.size for slot in self.slots), *self.regions]
         descriptors: list[int] = []
         try:
             for name, size in zip(names, sizes, strict=True):
-                descriptors.append(sealed_memory(name, size))
+                descriptors.append(sealed_memory(name, size, urgent=True))
             extents = [Extent(descriptor, 0, size) for descriptor, size in zip(descriptors, sizes, strict=True)]
             return Memory(self, descriptors, Extents(extents))
         except BaseException:
