@@ -1,4 +1,4 @@
-"""The demo itself, small: real ranks, a real kill, and every row of the closing table as promised."""
+"""What the demo does with runs that go wrong. CI runs the demo itself, whose exit status says whether all was kept."""
 
 from __future__ import annotations
 
@@ -9,18 +9,6 @@ from pathlib import Path
 
 import demo
 import pytest
-
-
-@pytest.mark.slow
-def test_a_killed_run_ends_like_one_that_was_never_killed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo.signal, "signal", lambda *_: None)  # pytest keeps its own handlers
-    status = demo.main(["--parameters", "1M", "--steps", "24", "--seed", "5", "--directory", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert status == 0, printed
-    assert "SIGKILL to rank 1" in printed
-    assert "NOT" not in printed
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:

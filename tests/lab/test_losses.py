@@ -19,7 +19,7 @@ from tests.lab.ranks import SHORT, Crew, Host, enter
 
 CODES = {"2+1": (3, 1), "2+2": (4, 2), "3+1": (4, 1), "4+2": (6, 2)}
 
-LONG = 3
+LONG = 1
 """Of a scheme's sets, so many lose strings with pieces in all segments of the code; the others strings of one."""
 
 

@@ -12,7 +12,7 @@ from tests.faults.inject import sitecustomize as inject
 from tests.lab.hosts import Hosts
 from tests.lab.ranks import Crew, Host
 
-STRING_BYTES = 5 * PIECE_BYTES
+STRING_BYTES = 3 * PIECE_BYTES
 ALLOWANCE_BYTES = 2**20
 """Tables of slots and areas, and the ledger."""
 
@@ -50,7 +50,7 @@ def test_parities_and_slots(hosts: Hosts) -> None:
             assert slots <= 3 * (largest + ALLOWANCE_BYTES)
             assert sum(found.values()) <= ALLOWANCE_BYTES, found
 
-    for step in range(1, 5):
+    for step in range(1, 4):
         crew.snapshot(step)
     check()
     hosts.lose(here[0])
@@ -58,7 +58,7 @@ def test_parities_and_slots(hosts: Hosts) -> None:
     here = [*hosts.make(1), *here[1:]]
     crew = Crew.enter(here, redundancy=code, resume="must", string_bytes=STRING_BYTES)
     crew.check_restored()
-    for step in range(5, 8):
+    for step in range(4, 6):
         crew.snapshot(step)
     check()
     crew.vanish()

@@ -15,7 +15,7 @@ from tests.protocol.oracle import BrokenPromiseError
 from tests.protocol.simulate import TURNS, Simulation
 from tests.protocol.trainer import Trainer
 
-CHUNKS, SEEDS = 10, 150
+CHUNKS, SEEDS = 10, 80
 ENOUGH = 400
 """Seeds within which a broken rule must show."""
 
