@@ -56,6 +56,7 @@ def run(job: Job, parent: Parent) -> None:
         if int(stopping):
             break
     write(job, workload, step)
+    dist.barrier()  # rank 0 speaks for all
     parent.say(stopped=step)
     sys.stdin.readline()  # to be killed here: leaving is not measured
 

@@ -15,12 +15,12 @@ import msgspec
 
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.protocol.cluster import messages as m
-from ckptd.protocol.cluster.epoch import Launch
 from ckptd.protocol.cluster.facts import Entry, Shape
 from ckptd.protocol.cluster.member import MemberMachine
 from ckptd.protocol.cluster.standing import Standing
 from ckptd.protocol.cluster.state import ClusterState
 from tests.protocol.cluster import POLICY
+from tests.simulate.launch import Launch
 
 FOLDER = Path(__file__).parent / "cluster_transcripts"
 
