@@ -129,6 +129,7 @@ def main() -> None:
             world_size=int(os.environ["WORLD_SIZE"]),
         )
     rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     random.seed(rank)
 
     def say(**event: Any) -> None:
@@ -156,7 +157,7 @@ def main() -> None:
             moment("step")
             loss = train_step(model, optimizer, scheduler, counts)
             descriptors = len(os.listdir("/proc/self/fd"))
-            say(step=step, loss=loss, restored=ckpt.statistics()["restored"], descriptors=descriptors)
+            say(step=step, world=world, loss=loss, restored=ckpt.statistics()["restored"], descriptors=descriptors)
             time.sleep(arguments.pace)
         statistics = ckpt.statistics()
     say(finished=True, hash=fingerprint(module, optimizer, counts), statistics=statistics)

@@ -11,6 +11,9 @@ import functools
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +58,45 @@ class Cluster(Laboratory):
         launch = self._command(arguments, steps, pace, parallel, {"flush_every": None, **options})
         places = []
         for number, name in enumerate(chosen):
-            here = {
-                "MASTER_ADDR": "127.0.0.1",
-                "CKPTD_NODE": name,
-                "CKPTD_RUNTIME_DIR": str(self.node(name).runtime),
-                **(variables or {}).get(name, {}),
-            }
+            here = {"MASTER_ADDR": "127.0.0.1", **self._identity(name), **(variables or {}).get(name, {})}
             ranks = range(number * ranks_here, (number + 1) * ranks_here)
             places += [here | self._place(rank, len(chosen) * ranks_here, ranks_here) for rank in ranks]
         return self._launch(launch, places)
+
+    def start_agents(
+        self, names: str, *arguments: str, nodes: str, steps: int, pace: float = 0.03, **options: Any
+    ) -> Run:
+        """Starts torchrun's agent, with one rank, on each of these nodes; `nodes`: how many take part, least:most. The
+        first agent of the job holds the rendezvous: without it the others are lost."""
+        self.plan({})
+        launch = self._command(arguments, steps, pace, "fsdp", {"flush_every": None, **options})
+        torchrun = (
+            f"-m torch.distributed.run --nnodes={nodes} --nproc-per-node=1 --max-restarts=20 --monitor-interval=0.1 "
+            f"--local-addr=127.0.0.1 --rdzv-id=job --rdzv-endpoint=127.0.0.1:{self._rendezvous_port} "
+            "--rdzv-backend=c10d "
+            "--rdzv-conf=last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3,is_host="
+        )
+        agents = []
+        for name in names.split():
+            is_host = len(self._runs) == len(agents) == 0
+            with launch.output.open("ab") as file:
+                command = [sys.executable, *f"{torchrun}{int(is_host)}".split(), *launch.command]
+                variables = self.environment() | self._identity(name)
+                agents.append(
+                    subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=self.folder, env=variables
+                    )
+                )
+        return self._run(launch, agents)
+
+    @functools.cached_property
+    def _rendezvous_port(self) -> int:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            return int(listening.getsockname()[1])
+
+    def _identity(self, name: str) -> dict[str, str]:
+        """What makes processes those of a node."""
+        return {"CKPTD_NODE": name, "CKPTD_RUNTIME_DIR": str(self.node(name).runtime)}
 
     # --- breaking
 
