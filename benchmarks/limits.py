@@ -13,10 +13,12 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import mmap
 import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +31,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
+from ckptd.core.box import CHUNK_BYTES
 from ckptd.core.config import parse_size
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.daemon.flush import Stores, _workers
@@ -113,6 +116,10 @@ class Captured:
         assert self.jobs.refresh()
         self.jobs.copy(self.jobs.rows, self.address, self.crcs, self.threads)
         self.jobs.spread(self.crcs)
+
+    def memory(self) -> memoryview:
+        """The bytes of the slot."""
+        return memoryview((ctypes.c_char * self.slot.geometry.data_bytes).from_address(self.address)).cast("B")
 
     def commit(self) -> None:
         """The slot holds a whole snapshot."""
@@ -199,11 +206,16 @@ def flush(state_bytes: int, rounds: int, threads: int, folder: Path) -> Iterator
     def codec() -> None:
         """The chunks, compressed and thrown away."""
         catalog = captured.jobs.catalog
-        memory = memoryview((ctypes.c_char * captured.slot.geometry.data_bytes).from_address(captured.address))
+        memory = memoryview((ctypes.c_char * captured.slot.geometry.data_bytes).from_address(captured.address)).cast(
+            "B"
+        )
+        local = threading.local()
 
         def encode(row: int) -> None:
+            if not hasattr(local, "into"):
+                local.into = memoryview(mmap.mmap(-1, CHUNK_BYTES))
             offset, size = int(catalog.file_offset[row]), int(catalog.raw[row])
-            encode_chunk(memory.cast("B")[offset : offset + size], catalog.tensors[catalog.tensor[row]].dtype)
+            encode_chunk(memory[offset : offset + size], catalog.tensors[catalog.tensor[row]].dtype, local.into)
 
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(encode, range(len(catalog))))
@@ -238,13 +250,14 @@ def half(state_bytes: int, threads: int) -> Iterator[Line]:
     captured = Captured(trained(state_bytes, torch.bfloat16), threads)
     captured.capture()
     catalog, raw, stored = captured.jobs.catalog, 0, 0
-    memory = memoryview((ctypes.c_char * captured.slot.geometry.data_bytes).from_address(captured.address)).cast("B")
+    into = memoryview(bytearray(CHUNK_BYTES))
+    memory = captured.memory()
     for row in range(len(catalog)):
         tensor = catalog.tensors[catalog.tensor[row]]
         if tensor.key.startswith("model/"):
             offset, size = int(catalog.file_offset[row]), int(catalog.raw[row])
             raw += size
-            stored += len(encode_chunk(memory[offset : offset + size], tensor.dtype)[1])
+            stored += encode_chunk(memory[offset : offset + size], tensor.dtype, into).stored.nbytes
     captured.close()
     ratio = stored / raw
     yield Line(

@@ -25,8 +25,26 @@ def copy_boxes(
 def helpers_cpu_s() -> float: ...
 def copy_bytes(source_address: int, target: BufferLike, crc: bool = True) -> int: ...
 def address_of(buffer: BufferLike) -> int: ...
-def byteplanes_split(source: BufferLike, target: BufferLike, itemsize: int) -> None: ...
-def byteplanes_join(source: BufferLike, target: BufferLike, itemsize: int) -> None: ...
+def byteplanes_split(
+    source: BufferLike,
+    planes: BufferLike,
+    itemsize: int,
+    *,
+    blocks: BufferLike | None = None,
+    leading: int = 0,
+    block: int = 0,
+    gap: int = 0,
+) -> int: ...
+def byteplanes_join(
+    planes: BufferLike,
+    target: BufferLike,
+    itemsize: int,
+    *,
+    blocks: BufferLike | None = None,
+    leading: int = 0,
+    block: int = 0,
+    gap: int = 0,
+) -> int: ...
 def erasure_encode(
     sources: npt.NDArray[np.uint64],
     sizes: npt.NDArray[np.int64],

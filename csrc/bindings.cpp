@@ -185,24 +185,61 @@ std::uint64_t address_of(nb::handle buffer) {
     return reinterpret_cast<std::uintptr_t>(BufferView(buffer, false).data());
 }
 
-template <typename Transform>
-void transform_planes(nb::handle source, nb::handle target, std::int64_t itemsize, Transform transform) {
-    const BufferView from(source, false);
-    const BufferView to(target, true);
-    if (itemsize < 1) throw nb::value_error("byteplanes: itemsize is less than 1");
-    const auto bytes = static_cast<std::size_t>(itemsize);
-    if (from.size() % bytes != 0) {
-        throw nb::value_error(("byteplanes: source has " + std::to_string(from.size()) +
+// Planes of items of `itemsize` bytes that fill `items` buffer, in buffers of the sizes that the planes need.
+byteplanes::Planes checked_planes(const BufferView& items, const BufferView& rest, const BufferView* blocks,
+                                  std::int64_t itemsize, std::int64_t leading, std::int64_t block, std::int64_t gap) {
+    if (itemsize < 1 || itemsize > static_cast<std::int64_t>(byteplanes::max_itemsize)) {
+        throw nb::value_error("byteplanes: itemsize is not 1 to 64");
+    }
+    if (leading < 0 || leading > itemsize) throw nb::value_error("byteplanes: leading is not 0 to itemsize");
+    if (leading > 0 && (block < 1 || gap < 0 || gap > block)) throw nb::value_error("byteplanes: block or gap");
+    const auto width = static_cast<std::size_t>(itemsize);
+    if (items.size() % width != 0) {
+        throw nb::value_error(("byteplanes: items have " + std::to_string(items.size()) +
                                " bytes, expected a multiple of itemsize " + std::to_string(itemsize))
                                   .c_str());
     }
-    if (from.size() != to.size()) {
-        throw nb::value_error(
-            ("byteplanes: target has " + std::to_string(to.size()) + " bytes, source " + std::to_string(from.size()))
-                .c_str());
+    const byteplanes::Planes planes{rest.data(),
+                                    blocks == nullptr ? nullptr : blocks->data(),
+                                    items.size() / width,
+                                    width,
+                                    static_cast<std::size_t>(leading),
+                                    static_cast<std::size_t>(block),
+                                    static_cast<std::size_t>(gap)};
+    const std::size_t blocks_bytes = blocks == nullptr ? 0 : blocks->size();
+    if (rest.size() != planes.rest_bytes() || blocks_bytes != planes.blocks_bytes()) {
+        throw nb::value_error(("byteplanes: planes have " + std::to_string(rest.size()) + " bytes, blocks " +
+                               std::to_string(blocks_bytes) + "; expected " + std::to_string(planes.rest_bytes()) +
+                               " and " + std::to_string(planes.blocks_bytes()))
+                                  .c_str());
     }
+    return planes;
+}
+
+// Calls work(items, planes) without the GIL.
+template <typename Work>
+std::uint32_t with_planes(nb::handle items, bool items_writable, nb::handle rest, nb::handle blocks,
+                          std::int64_t itemsize, std::int64_t leading, std::int64_t block, std::int64_t gap,
+                          const Work& work) {
+    require_checksums();
+    const BufferView whole(items, items_writable);
+    const BufferView others(rest, !items_writable);
+    std::optional<BufferView> cut;
+    if (!blocks.is_none()) cut.emplace(blocks, !items_writable);
+    const auto planes = checked_planes(whole, others, cut ? &*cut : nullptr, itemsize, leading, block, gap);
     nb::gil_scoped_release released;
-    transform(from.data(), to.data(), from.size() / bytes, bytes);
+    return work(whole.data(), planes);
+}
+
+std::uint32_t split_planes(nb::handle source, nb::handle planes, std::int64_t itemsize, nb::handle blocks,
+                           std::int64_t leading, std::int64_t block, std::int64_t gap) {
+    return with_planes(source, false, planes, blocks, itemsize, leading, block, gap, byteplanes::split);
+}
+
+std::uint32_t join_planes(nb::handle planes, nb::handle target, std::int64_t itemsize, nb::handle blocks,
+                          std::int64_t leading, std::int64_t block, std::int64_t gap) {
+    return with_planes(target, true, planes, blocks, itemsize, leading, block, gap,
+                       [](std::byte* at, const byteplanes::Planes& found) { return byteplanes::join(found, at); });
 }
 
 std::shared_ptr<cuda::Copy> cuda_copy(cuda::Engine& engine, int device, const std::vector<cuda::Stream>& after,
@@ -276,18 +313,10 @@ NB_MODULE(_native, module) {
     module.def("helpers_cpu_s", &helpers_cpu_seconds);
     module.def("copy_bytes", &copy_bytes, "source_address"_a, "target"_a, "crc"_a = true);
     module.def("address_of", &address_of, "buffer"_a);
-    module.def(
-        "byteplanes_split",
-        [](nb::handle source, nb::handle target, std::int64_t itemsize) {
-            transform_planes(source, target, itemsize, byteplanes::split);
-        },
-        "source"_a, "target"_a, "itemsize"_a);
-    module.def(
-        "byteplanes_join",
-        [](nb::handle source, nb::handle target, std::int64_t itemsize) {
-            transform_planes(source, target, itemsize, byteplanes::join);
-        },
-        "source"_a, "target"_a, "itemsize"_a);
+    module.def("byteplanes_split", &split_planes, "source"_a, "planes"_a, "itemsize"_a, nb::kw_only(),
+               "blocks"_a = nb::none(), "leading"_a = 0, "block"_a = 0, "gap"_a = 0);
+    module.def("byteplanes_join", &join_planes, "planes"_a, "target"_a, "itemsize"_a, nb::kw_only(),
+               "blocks"_a = nb::none(), "leading"_a = 0, "block"_a = 0, "gap"_a = 0);
     module.def("erasure_encode", &erasure_encode, "sources"_a.noconvert(), "sizes"_a.noconvert(),
                "targets"_a.noconvert(), "lengths"_a.noconvert(), nb::kw_only(), "crc"_a.noconvert() = nb::none(),
                "threads"_a = 1, "portable"_a = false);

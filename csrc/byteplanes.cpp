@@ -1,87 +1,89 @@
 #include "byteplanes.hpp"
 
-#include <cstdint>
+#include <algorithm>
 
-#include "transpose.hpp"
+#include "planes.hpp"
+#include "run.hpp"
 
 namespace ckptd::byteplanes {
 
 namespace {
 
-using Byte = std::uint8_t;
-constexpr std::size_t lanes = Vector<Byte>::lanes;
+constexpr std::size_t line_bytes = 64;
+constexpr std::size_t piece_bytes = 4096;  // stays in the first-level cache beside what it is made of
 
-// Both return how many items they took, a multiple of 16; the rest is for the plain loop.
-template <std::size_t planes>
-std::size_t split_vectors(const std::byte* source, std::byte* target, std::size_t items) {
-    const std::size_t end = items - items % lanes;
-    for (std::size_t item = 0; item < end; item += lanes) {
-        const auto block = load_block<Byte, planes>(source + item * planes, vector_bytes);
-        store_block<Byte, planes>(target + item, static_cast<std::ptrdiff_t>(items), split_block<Byte, planes>(block));
-    }
-    return end;
+Mover choose_mover() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bw");
+    if (wide && wide_mover != nullptr) return *wide_mover;
+#endif
+    return {split_piece<vector_bytes>, join_piece<vector_bytes>};
 }
 
-template <std::size_t planes>
-std::size_t join_vectors(const std::byte* source, std::byte* target, std::size_t items) {
-    const std::size_t end = items - items % lanes;
-    for (std::size_t item = 0; item < end; item += lanes) {
-        const auto block = load_block<Byte, planes>(source + item, static_cast<std::ptrdiff_t>(items));
-        store_block<Byte, planes>(target + item * planes, vector_bytes, join_block<Byte, planes>(block));
-    }
-    return end;
+const Mover mover = choose_mover();
+
+// Starts loading what the next piece needs while this one is worked on, which leaves the memory no pause.
+template <bool write>
+void prefetch(const std::byte* at, std::size_t size) {
+    for (std::size_t line = 0; line < size; line += line_bytes) __builtin_prefetch(at + line, write);
 }
 
-std::size_t split_most(const std::byte* source, std::byte* target, std::size_t items, std::size_t itemsize) {
-    switch (itemsize) {
-        case 1:
-            return split_vectors<1>(source, target, items);
-        case 2:
-            return split_vectors<2>(source, target, items);
-        case 4:
-            return split_vectors<4>(source, target, items);
-        case 8:
-            return split_vectors<8>(source, target, items);
-        case 16:
-            return split_vectors<16>(source, target, items);
-        default:
-            return 0;
-    }
+template <bool write>
+void prefetch_planes(const Places& at, const Planes& planes, std::size_t items) {
+    for (std::size_t plane = 0; plane < planes.itemsize; ++plane) prefetch<write>(at[plane] + items, items);
 }
 
-std::size_t join_most(const std::byte* source, std::byte* target, std::size_t items, std::size_t itemsize) {
-    switch (itemsize) {
-        case 1:
-            return join_vectors<1>(source, target, items);
-        case 2:
-            return join_vectors<2>(source, target, items);
-        case 4:
-            return join_vectors<4>(source, target, items);
-        case 8:
-            return join_vectors<8>(source, target, items);
-        case 16:
-            return join_vectors<16>(source, target, items);
-        default:
-            return 0;
+// Calls work(first item, items, their places) for pieces that no cut between blocks goes through.
+template <typename Work>
+void for_pieces(const Planes& planes, const Work& work) {
+    const std::size_t most = piece_bytes / planes.itemsize / line_bytes * line_bytes;
+    const std::size_t blocks = planes.leading == 0 ? 0 : planes.blocks_bytes() / planes.leading;
+    Places at{};
+    for (std::size_t item = 0, count; item < planes.items; item += count) {
+        count = std::min(most, planes.items - item);
+        if (planes.leading > 0) {
+            const std::size_t block = item / planes.block;
+            count = std::min(count, (block + 1) * planes.block - item);
+            for (std::size_t plane = 0; plane < planes.leading; ++plane) {
+                at[plane] = planes.blocks + plane * blocks + item + (block + 1) * planes.gap;
+            }
+        }
+        for (std::size_t plane = planes.leading; plane < planes.itemsize; ++plane) {
+            at[plane] = planes.rest + (plane - planes.leading) * planes.items + item;
+        }
+        work(item, count, at);
     }
 }
 
 }  // namespace
 
-void split(const std::byte* source, std::byte* target, std::size_t items, std::size_t itemsize) {
-    for (std::size_t item = split_most(source, target, items, itemsize); item < items; ++item) {
-        for (std::size_t plane = 0; plane < itemsize; ++plane) {
-            target[plane * items + item] = source[item * itemsize + plane];
+std::uint32_t split(const std::byte* source, const Planes& planes) {
+    alignas(line_bytes) std::byte kept[piece_bytes];
+    std::uint32_t crc = 0;
+    for_pieces(planes, [&](std::size_t item, std::size_t count, const Places& at) {
+        const std::size_t size = count * planes.itemsize;
+        const std::byte* from = source + item * planes.itemsize;
+        if (item + 2 * count <= planes.items) {
+            prefetch<false>(from + size, size);
+            prefetch_planes<true>(at, planes, count);
         }
-    }
+        copy_run(from, kept, size, &crc, Store::cached);
+        mover.split(kept, at, count, planes.itemsize);
+    });
+    return crc;
 }
 
-void join(const std::byte* source, std::byte* target, std::size_t items, std::size_t itemsize) {
-    for (std::size_t item = join_most(source, target, items, itemsize); item < items; ++item) {
-        for (std::size_t plane = 0; plane < itemsize; ++plane) {
-            target[item * itemsize + plane] = source[plane * items + item];
-        }
-    }
+std::uint32_t join(const Planes& planes, std::byte* target) {
+    alignas(line_bytes) std::byte kept[piece_bytes];
+    std::uint32_t crc = 0;
+    for_pieces(planes, [&](std::size_t item, std::size_t count, const Places& at) {
+        if (item + 2 * count <= planes.items) prefetch_planes<false>(at, planes, count);
+        mover.join(at, kept, count, planes.itemsize);
+        copy_run(kept, target + item * planes.itemsize, count * planes.itemsize, &crc, Store::streamed);
+    });
+    finish_streamed();
+    return crc;
 }
 
 }  // namespace ckptd::byteplanes

@@ -13,7 +13,7 @@ namespace ckptd {
 enum class Store { cached, streamed };
 
 // Copies `size` bytes; `target` null: only the checksum; `crc` null: only the copy. `*crc` is continued.
-// The source must not change meanwhile: it is read once for the checksum and once for the copy.
+// The checksum is of what was copied, even if the source changes meanwhile.
 void copy_run(const std::byte* source, std::byte* target, std::size_t size, std::uint32_t* crc, Store store);
 
 // Streamed stores are weakly ordered: call before anybody is told that the copy is done.

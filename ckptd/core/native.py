@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptd import _native
 from ckptd._native import Cuda, CudaCopy
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ckptd._native import BufferLike
 
 __all__ = [
+    "Blocks",
     "Cuda",
     "CudaCopy",
     "address_of",
@@ -118,17 +119,41 @@ def address_of(buffer: BufferLike) -> int:
     return _native.address_of(buffer)
 
 
-def byteplanes_split(source: BufferLike, target: BufferLike, itemsize: int) -> None:
-    """Puts bytes of equal significance together: plane p of `target` is byte p of every item of `source`.
+class Blocks(NamedTuple):
+    """Where the `leading` planes of items lie: in `memory`, one after the other, each cut into blocks of `block` bytes
+    with `gap` bytes before each one that are somebody else's."""
 
-    Both are contiguous and equally long, a multiple of `itemsize`; ValueError otherwise. They must not overlap.
+    memory: memoryview
+    leading: int
+    block: int
+    gap: int
+
+    @staticmethod
+    def plane_bytes(items: int, block: int, gap: int) -> int:
+        """Bytes that one plane takes so."""
+        return items + -(-items // block) * gap
+
+
+def byteplanes_split(source: BufferLike, planes: BufferLike, itemsize: int, blocks: Blocks | None = None) -> int:
+    """Puts bytes of equal significance together: plane p is byte p of every item of `source`. The leading planes go to
+    `blocks`, if given, the others to `planes`, one after the other. Returns the CRC-32C of what was taken apart, even
+    if `source` changes meanwhile.
+
+    All are contiguous, of exactly the bytes needed, and do not overlap; ValueError for other lengths and for an
+    `itemsize` that is not 1 to 64.
     """
-    _native.byteplanes_split(source, target, itemsize)
+    if blocks is None:
+        return _native.byteplanes_split(source, planes, itemsize)
+    memory, leading, block, gap = blocks
+    return _native.byteplanes_split(source, planes, itemsize, blocks=memory, leading=leading, block=block, gap=gap)
 
 
-def byteplanes_join(source: BufferLike, target: BufferLike, itemsize: int) -> None:
-    """The inverse of `byteplanes_split`."""
-    _native.byteplanes_join(source, target, itemsize)
+def byteplanes_join(planes: BufferLike, target: BufferLike, itemsize: int, blocks: Blocks | None = None) -> int:
+    """The inverse of `byteplanes_split`; returns the CRC-32C of `target`."""
+    if blocks is None:
+        return _native.byteplanes_join(planes, target, itemsize)
+    memory, leading, block, gap = blocks
+    return _native.byteplanes_join(planes, target, itemsize, blocks=memory, leading=leading, block=block, gap=gap)
 
 
 def erasure_encode(

@@ -24,7 +24,7 @@ from ckptd.core.errors import CkptdError, NotFoundError, StoreError
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.daemon.priority import FLUSHING, give_way
 from ckptd.observe.trace import Trace
-from ckptd.plan.share import Read, known_alone, object_rows, tie_equal
+from ckptd.plan.share import View, known_alone, object_rows, tie_equal
 from ckptd.protocol.actions import WriteRecord
 from ckptd.tiers.arena import FROZEN_FILE, Slot, SnapshotReader
 from ckptd.tiers.store import Store, joint
@@ -34,7 +34,7 @@ from ckptd.tiers.throttle import Throttle
 
 
 class Progress:
-    """Bytes read so far of the flush of `snapshot`, for `ckptd status`."""
+    """Bytes begun so far of the flush of `snapshot`, for `ckptd status`."""
 
     def __init__(self, snapshot: SnapshotId) -> None:
         self.snapshot, self.total_bytes, self.done_bytes = snapshot, 0, 0
@@ -44,13 +44,13 @@ class Progress:
         """JSON-able."""
         return {"step": self.snapshot.step, "done_bytes": self.done_bytes, "total_bytes": self.total_bytes}
 
-    def counting(self, read: Read) -> Read:
-        """`read`, counted."""
+    def counting(self, view: View) -> View:
+        """`view`, counted."""
 
-        def counted(row: int, into: memoryview) -> None:
-            read(row, into)
+        def counted(row: int, buffer: memoryview) -> memoryview:
             with self._lock:
-                self.done_bytes += len(into)
+                self.done_bytes += len(buffer)
+            return view(row, buffer)
 
         return counted
 
@@ -205,20 +205,20 @@ class Stores:
         self._tolerate(uri, "leftovers of interrupted flushes could not be removed", clean)
 
 
-def _contribution(reader: SnapshotReader, counted: Callable[[Read], Read], *, alone: bool) -> joint.Contribution:
+def _contribution(reader: SnapshotReader, counted: Callable[[View], View], *, alone: bool) -> joint.Contribution:
     """What is stored of the ranks of one node. If it is `alone`, there is nothing to be compared with other nodes."""
     ranks = reader.ranks
     if alone:
         catalog = reader.catalog()
-        rows = joint.Rows(catalog, counted(reader.read), catalog.file == FROZEN_FILE)
+        rows = joint.Rows(catalog, counted(reader.view), catalog.file == FROZEN_FILE)
         return joint.Contribution(ranks, rows, None, {ranks[0]: reader.objects()})
     every = reader.rows_of_ranks()
     generators, objects = known_alone(reader.objects_of_ranks())
     generator_rows, content = object_rows(generators, writer=ranks[-1] + 1)
     shared = Catalog.merge([every.select(every.rank == ALL_RANKS), generator_rows])
-    rows = joint.Rows(shared, counted(reader.reading(shared, content)), shared.file == FROZEN_FILE)
+    rows = joint.Rows(shared, counted(reader.viewing(shared, content)), shared.file == FROZEN_FILE)
     own = tie_equal(every.select(every.rank != ALL_RANKS))
-    own_rows = joint.Rows(own, counted(reader.reading(own, b""))) if len(own) else None
+    own_rows = joint.Rows(own, counted(reader.viewing(own, b""))) if len(own) else None
     return joint.Contribution(ranks, rows, own_rows, objects)
 
 

@@ -14,7 +14,6 @@ import itertools
 import mmap
 import os
 import threading
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +23,7 @@ from ckptd.core.box import CHUNK_BYTES
 from ckptd.core.catalog import Catalog
 from ckptd.core.errors import ConfigError
 from ckptd.plan.recut import Assembly
-
-Read = Callable[[int, memoryview], None]
-"""Fills a buffer with the raw bytes of one source row; called by several threads at once."""
+from ckptd.plan.share import Read
 
 DEFAULT_MEMORY = 1024**3
 LEAST_MEMORY = 320 * 1024**2

@@ -20,7 +20,7 @@ from ckptd.core import native
 from ckptd.core.catalog import Catalog
 from ckptd.core.errors import ConfigError, StoreError
 from ckptd.core.types import Epoch, SnapshotId, itemsize
-from ckptd.operations.recut import DEFAULT_MEMORY, Assembler, Read, Room, Slots
+from ckptd.operations.recut import DEFAULT_MEMORY, Assembler, Room, Slots
 from ckptd.plan.layout import Layout, Placed, rank_elements
 from ckptd.plan.recut import (
     PART_BYTES,
@@ -34,6 +34,7 @@ from ckptd.plan.recut import (
     placeable,
     units_of,
 )
+from ckptd.plan.share import Read
 from ckptd.tiers.store import Part, PartWriter, Store, StoredCheckpoint, names
 from ckptd.tiers.store.resumable import discard_journal, find_by_nonce, resume
 

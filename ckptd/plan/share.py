@@ -47,6 +47,10 @@ OBJECTS_FILE = 1
 """`file` column of rows whose bytes are objects rather than tensors of the slot (file 0)."""
 
 Read = Callable[[int, memoryview], None]
+"""Fills a buffer with the raw bytes of a row of a catalog; called by several threads at once."""
+View = Callable[[int, memoryview], memoryview]
+"""The raw bytes of a row of a catalog, not verified: where they are, or copied to the buffer given, which is as long.
+Called by several threads at once."""
 Rows = npt.NDArray[np.int64]
 
 

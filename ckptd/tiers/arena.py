@@ -35,7 +35,7 @@ from ckptd.core.native import address_of, copy_bytes, crc32c, populate
 from ckptd.core.types import SnapshotId
 from ckptd.format.objects import unpack_table
 from ckptd.format.table import decode_table, encode_table
-from ckptd.plan.share import OBJECTS_FILE, Read, object_rows, share_objects, share_rows
+from ckptd.plan.share import OBJECTS_FILE, View, object_rows, share_objects, share_rows
 from ckptd.tiers.memory import HUGE_PAGE, is_sealed, sealed_memory
 
 PAGE = 4096
@@ -288,25 +288,49 @@ class Slot:
         if file == FROZEN_FILE and self.region is not None:
             self.region.read(offset, crc, into)
             return
-        if offset < 0 or offset + len(into) > self.geometry.data_bytes:
-            raise FormatError(f"slot of rank {self.geometry.rank}: a chunk lies outside its data")
-        found = self._copy(self.geometry.data_offset + offset, into)
+        found = self._copy(self._place(offset, len(into)), into)
         if found != crc:
             raise CorruptionError(
                 f"slot of rank {self.geometry.rank}: chunk at {offset}: CRC32C {found:08x}, expected {crc:08x}"
             )
 
+    def view(self, offset: int, buffer: memoryview, file: int = 0) -> memoryview:
+        """A chunk of as many bytes as `buffer`, from `offset` of the data, its own or the region's: where it is, or
+        copied to `buffer`. Not verified."""
+        if file == FROZEN_FILE and self.region is not None:
+            return self.region.view(offset, buffer)
+        at = self._place(offset, len(buffer))
+        if len(buffer) >= MAPPED_BYTES:
+            return self._mapped(at, len(buffer))
+        self._pread(at, buffer)
+        return buffer
+
+    def _place(self, offset: int, size: int) -> int:
+        """Where in the memfd a chunk is."""
+        if offset < 0 or offset + size > self.geometry.data_bytes:
+            raise FormatError(f"slot of rank {self.geometry.rank}: a chunk lies outside its data")
+        return self.geometry.data_offset + offset
+
+    def _mapped(self, at: int, size: int) -> memoryview:
+        """Bytes of the memfd where they are, mapped for as long as the view lives. Maps no more than them, in whole
+        huge pages: a process that maps arenas whole is the first that the kernel kills where memory is short."""
+        first, end = at // HUGE_PAGE * HUGE_PAGE, -(-(at + size) // HUGE_PAGE) * HUGE_PAGE
+        length = min(end, self.geometry.size) - first
+        return memoryview(mmap.mmap(self.descriptor, length, access=mmap.ACCESS_READ, offset=first))[at - first :][
+            :size
+        ]
+
+    def _pread(self, at: int, into: memoryview) -> None:
+        if os.preadv(self.descriptor, [into], at) != len(into):
+            raise CorruptionError(f"slot of rank {self.geometry.rank}: short read")
+
     def _copy(self, at: int, into: memoryview) -> int:
-        """Copies bytes out; the CRC-32C of the copy. Maps no more than them, in whole huge pages: a process that maps
-        arenas whole is the first that the kernel kills where memory is short."""
+        """Copies bytes out; the CRC-32C of the copy."""
         if len(into) < MAPPED_BYTES:
-            if os.preadv(self.descriptor, [into], at) != len(into):
-                raise CorruptionError(f"slot of rank {self.geometry.rank}: short read")
+            self._pread(at, into)
             return crc32c(into)
-        first, end = at // HUGE_PAGE * HUGE_PAGE, -(-(at + len(into)) // HUGE_PAGE) * HUGE_PAGE
-        size = min(end, self.geometry.size) - first
-        with mmap.mmap(self.descriptor, size, access=mmap.ACCESS_READ, offset=first) as mapping:
-            return copy_bytes(address_of(mapping) + at - first, into)
+        mapped = self._mapped(at, len(into))
+        return copy_bytes(address_of(mapped), into)
 
     def close(self) -> None:
         """Unmaps and closes; the memory lives as long as somebody else holds the memfd. Idempotent."""
@@ -356,7 +380,7 @@ class SnapshotReader:
         own = {(path, self.ranks[position]): value for (path, position), value in own.items()}
         rows, content = object_rows(own, writer=self.ranks[-1] + 1)
         self._catalog = Catalog.merge([*share_rows(self._tables), rows])
-        self._read = self.reading(self._catalog, content)
+        self._content = content
 
     @property
     def ranks(self) -> list[int]:
@@ -373,7 +397,20 @@ class SnapshotReader:
 
     def read(self, row: int, into: memoryview) -> None:
         """The raw bytes of one row of `catalog()`, verified. Raises CorruptionError naming the tensor."""
-        self._read(row, into)
+        catalog = self._catalog
+        offset, crc, file = int(catalog.file_offset[row]), int(catalog.crc[row]), int(catalog.file[row])
+        try:
+            if file == OBJECTS_FILE:
+                into[:] = self._content[offset : offset + len(into)]
+            else:
+                self._slots[int(catalog.writer[row])].read(offset, crc, into, file)
+        except CorruptionError as error:
+            key = catalog.tensors[catalog.tensor[row]].key
+            raise CorruptionError(f"{key} in {self.snapshot}: {error}") from None
+
+    def view(self, row: int, buffer: memoryview) -> memoryview:
+        """The raw bytes of one row of `catalog()`, as a `View` gives them."""
+        return self.viewing(self._catalog, self._content)(row, buffer)
 
     def rows_of_ranks(self) -> Catalog:
         """All chunks as captured: `rank` says whose own value each is, of those that not all ranks have alike."""
@@ -383,21 +420,16 @@ class SnapshotReader:
         """rank -> path -> encoded object, as each has it."""
         return self._objects
 
-    def reading(self, catalog: Catalog, objects: bytes) -> Read:
-        """`read` for the rows of another catalog, made of these chunks and of rows of `objects` (`object_rows`)."""
+    def viewing(self, catalog: Catalog, objects: bytes) -> View:
+        """The rows of another catalog, made of these chunks and of rows of `objects` (`object_rows`)."""
 
-        def read(row: int, into: memoryview) -> None:
-            offset, crc = int(catalog.file_offset[row]), int(catalog.crc[row])
-            try:
-                if catalog.file[row] == OBJECTS_FILE:
-                    into[:] = objects[offset : offset + len(into)]
-                else:
-                    self._slots[int(catalog.writer[row])].read(offset, crc, into, int(catalog.file[row]))
-            except CorruptionError as error:
-                key = catalog.tensors[catalog.tensor[row]].key
-                raise CorruptionError(f"{key} in {self.snapshot}: {error}") from None
+        def view(row: int, buffer: memoryview) -> memoryview:
+            offset = int(catalog.file_offset[row])
+            if catalog.file[row] == OBJECTS_FILE:
+                return memoryview(objects)[offset : offset + len(buffer)]
+            return self._slots[int(catalog.writer[row])].view(offset, buffer, int(catalog.file[row]))
 
-        return read
+        return view
 
     @property
     def captured_at(self) -> float:

@@ -28,11 +28,11 @@ from ckptd.core.catalog import COLUMNS, Catalog
 from ckptd.core.native import copy_boxes
 from ckptd.core.types import itemsize
 from ckptd.plan.load import LoadPlan, Want, plan_load
+from ckptd.plan.share import Read
 from ckptd.tensors.values import torch_dtype
 from ckptd.trainer.state_tensors import Source
 
 Ints = npt.NDArray[np.int64]
-Read = Callable[[int, memoryview], None]
 
 MAX_THREADS = 8
 ALIGNMENT_BYTES = 64

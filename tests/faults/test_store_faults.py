@@ -16,8 +16,8 @@ from ckptd.tiers.store import Store
 from tests.faults.lab import Fault, Lab
 
 BROKEN = {
-    "write of chunks": ("os:write", ".ckd"),
-    "write of the manifest": ("os:write", ".parquet"),
+    "write of chunks": ("os:writev", ".ckd"),
+    "write of the manifest": ("os:writev", ".parquet"),
     "fsync of chunks": ("os:fsync", ".ckd"),
     "fsync of the manifest": ("os:fsync", ".parquet"),
     "fsync of COMMIT": ("os:fsync", "COMMIT.tmp"),
@@ -124,7 +124,7 @@ def test_prune_that_fails(lab: Lab, expected: Callable[..., str]) -> None:
 
 def test_unwritable_at_the_start(lab: Lab) -> None:
     """A named error before anything is trained, and nothing stays behind."""
-    fault = Fault("os:write", "EIO", match="/epochs/", process="daemon", lasting=True)
+    fault = Fault("os:writev", "EIO", match="/epochs/", process="daemon", lasting=True)
     run = lab.start(faults={"broken": fault}, linger_s=2.0)
     assert run.ends() == [1]
     assert run.step == 0

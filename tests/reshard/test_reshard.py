@@ -164,7 +164,7 @@ class Killed(BaseException):
 def ending_at(call: int, failure: BaseException | None = None) -> Iterator[list[int]]:
     """The `call`-th call that changes the disk is not made, but ends the run. Gives how many calls there were."""
     made = [0]
-    names = ("fsync", "rename", "mkdir", "unlink", "rmdir", "write", "ftruncate")
+    names = ("fsync", "rename", "mkdir", "unlink", "rmdir", "writev", "ftruncate")
     real = {name: getattr(os, name) for name in names}
     real["fsync"] = lambda descriptor: None  # nobody loses power here
 

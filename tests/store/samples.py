@@ -13,6 +13,7 @@ from ckptd.core.types import Epoch, SnapshotId
 from ckptd.format import objects
 from ckptd.tiers.store import Part, Store, StoredCheckpoint
 from ckptd.tiers.store.joint import Contribution, NodeWriter, Rows, commit
+from ckptd.tiers.store.pipeline import copying
 from ckptd.tiers.store.writer import Pace
 
 JOB = "a job"
@@ -136,7 +137,8 @@ def contributions(name: SnapshotId, held: Tensors, nodes: int, own: Own = alike)
         rows = Memory(share, writer=node)
         mine = Memory(own(node), writer=node, ranks=dict.fromkeys(own(node), node))
         values = shared_objects(name.step) | {"loader": objects.encode(["position", node])}
-        found.append(Contribution([node], Rows(rows.catalog, rows.read), Rows(mine.catalog, mine.read), {node: values}))
+        shared, differing = (Rows(memory.catalog, copying(memory.read)) for memory in (rows, mine))
+        found.append(Contribution([node], shared, differing, {node: values}))
     return found
 
 

@@ -22,6 +22,7 @@ from ckptd.format import manifest
 from ckptd.tiers.store import Store, joint, names, reader
 from ckptd.tiers.store.files import FileBackEnd
 from ckptd.tiers.store.joint import Contribution, NodeWriter, Rows
+from ckptd.tiers.store.pipeline import copying
 from ckptd.tiers.store.writer import Pace, Resting
 from tests.simulated_disk import Operation, SimulatedDisk
 from tests.store.samples import (
@@ -171,7 +172,9 @@ class Witness:
         self.contents[name] = held = CONTENTS[name] | RESTING
         memory = Memory(held)
         resting = np.array([info.key in RESTING for info in memory.catalog.tensors])[memory.catalog.tensor]
-        given = Contribution([0], Rows(memory.catalog, memory.read, resting), None, {0: shared_objects(name.step)})
+        given = Contribution(
+            [0], Rows(memory.catalog, copying(memory.read), resting), None, {0: shared_objects(name.step)}
+        )
         found = NodeWriter(self.store, name, JOB, "node-0", 0, 1).write(given, Pace(), earlier)
         assert found is not None
         joint.commit(root, name, JOB, 1)

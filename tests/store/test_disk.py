@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path as LocalPath
@@ -145,7 +146,7 @@ def test_a_missing_root_is_not_made_by_reading(tmp_path: LocalPath) -> None:
         open_root(str(tmp_path / "file"), create=True)
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "ftruncate"])
+@pytest.mark.parametrize("call", ["writev", "fsync", "ftruncate"])
 def test_a_failure_is_final(tmp_path: LocalPath, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     """Linux forgets what a failed fsync was to write: repeating it succeeds and lies."""
 
@@ -168,22 +169,50 @@ def test_a_failure_is_final(tmp_path: LocalPath, monkeypatch: pytest.MonkeyPatch
 
 def test_a_refused_direct_write_goes_through_the_cache(tmp_path: LocalPath, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some file systems accept O_DIRECT and then refuse writes with EINVAL."""
-    genuine = os.write
+    genuine = os.writev
     refused = []
 
-    def refuse_once(descriptor: int, data: memoryview) -> int:
+    def refuse_once(descriptor: int, data: list[memoryview]) -> int:
         if not refused:
-            refused.append(len(data))
+            refused.append(sum(map(len, data)))
             raise OSError(22, "Invalid argument")
         return genuine(descriptor, data)
 
     file = PosixDisk(str(tmp_path)).create(("file",), large=True)
     if not file._direct:
         pytest.skip("no O_DIRECT here")
-    monkeypatch.setattr(os, "write", refuse_once)
+    monkeypatch.setattr(os, "writev", refuse_once)
     content = os.urandom(5001)
     file.write(content)
     file.sync()
     file.close()
     assert refused == [8192]
     assert (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("most", [None, 4096, 5000, 300_000])
+def test_large_pieces_are_written_from_where_they_are(
+    tmp_path: LocalPath, monkeypatch: pytest.MonkeyPatch, most: int | None
+) -> None:
+    """Between small ones, at the start of a page or not; also where each call writes less than it was given."""
+    genuine = os.writev
+    staged: list[int] = []
+
+    def short(descriptor: int, data: list[memoryview]) -> int:
+        staged.append(len(data[0]))
+        given = b"".join(data)
+        return genuine(descriptor, data if most is None else [given[:most]])
+
+    memory = memoryview(mmap.mmap(-1, 2**20))
+    memory[:] = os.urandom(len(memory))
+    page, odd = memory[:600_000], memory[100:500_100]
+    pieces = [page, bytes(-len(page) % 4096), page, b"small", odd, bytes(4096), page[:300_000], b"x"]
+    file = PosixDisk(str(tmp_path)).create(("file",), large=True)
+    monkeypatch.setattr(os, "writev", short)
+    for piece in pieces:
+        file.write(piece)
+    file.sync()
+    file.close()
+    assert (tmp_path / "file").read_bytes() == b"".join(pieces)
+    if most is None:
+        assert staged[:2] == [0, 4096], "what was staged goes out before, in the same call"

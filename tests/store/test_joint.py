@@ -16,6 +16,7 @@ from ckptd.tiers.store import Store, joint
 from ckptd.tiers.store.files import FileBackEnd
 from ckptd.tiers.store.joint import Contribution, NodeWriter, Rows
 from ckptd.tiers.store.names import checkpoint, data_file, lists, manifest_part
+from ckptd.tiers.store.pipeline import copying
 from ckptd.tiers.store.writer import Pace
 from tests.simulated_disk import SimulatedDisk
 from tests.store.samples import (
@@ -161,14 +162,14 @@ Change = Callable[[Contribution, Contribution], Contribution]
 
 
 def _without_a_chunk(mine: Contribution, _: Contribution) -> Contribution:
-    catalog, read, _ = mine.rows
+    catalog, view, _ = mine.rows
     kept = [row for row in catalog if row != catalog.rows("long")[1]]
-    return mine._replace(rows=Rows(catalog.select(kept), lambda row, into: read(kept[row], into)))
+    return mine._replace(rows=Rows(catalog.select(kept), lambda row, buffer: view(kept[row], buffer)))
 
 
 def _of_another_shape(mine: Contribution, _: Contribution) -> Contribution:
     wrong = Memory({"model/weight": ("int16", np.zeros(3, np.int16))}, writer=1)
-    return mine._replace(rows=Rows(wrong.catalog, wrong.read))
+    return mine._replace(rows=Rows(wrong.catalog, copying(wrong.read)))
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
@@ -242,14 +243,14 @@ def test_what_is_not_as_listed_is_refused_and_written_again(disk: list[Store], d
 def test_what_differs_is_kept_for_its_rank(disk: list[Store]) -> None:
     own = contributions(NAME, tensors(), 3)[1].own
     assert own is not None
-    catalog, read_own, _ = own
+    catalog, view_own, _ = own
 
-    def changed(row: int, into: memoryview) -> None:
-        read_own(row, into)
-        into[0] ^= 255 * (row == 0)
+    def changed(row: int, buffer: memoryview) -> memoryview:
+        found = bytearray(view_own(row, buffer))
+        found[0] ^= 255 * (row == 0)
+        return memoryview(found)
 
-    first = memoryview(bytearray(int(catalog.raw[0])))
-    changed(0, first)
+    first = changed(0, memoryview(bytearray(int(catalog.raw[0]))))
     put(disk, 0)
     put(disk, 1, own=Rows(catalog.replaced(crc=[crc32c(first), *catalog.crc[1:].tolist()]), changed))
     put(disk, 2)

@@ -13,6 +13,7 @@ from ckptd.core.errors import StoreError
 from ckptd.core.types import SnapshotId
 from ckptd.tiers.store import Store, joint, names, posix
 from ckptd.tiers.store.joint import Contribution, NodeWriter, Rows
+from ckptd.tiers.store.pipeline import copying
 from ckptd.tiers.store.writer import Pace, Resting
 from tests.store.samples import JOB, Memory, Tensors, equal, identity, read, shared_objects, tensors
 
@@ -34,7 +35,7 @@ def saved(
     memory = Memory({**tensors(name.step), **resting}, tied={"tied/weight": "base/weight"})
     catalog = memory.catalog
     mask = np.array([info.key.startswith(("base/", "tied/")) for info in catalog.tensors])[catalog.tensor]
-    given = Contribution([0], Rows(catalog, memory.read, mask), None, {0: shared_objects(name.step)})
+    given = Contribution([0], Rows(catalog, copying(memory.read), mask), None, {0: shared_objects(name.step)})
     kept = NodeWriter(store, name, JOB, "node", 0, 1).write(given, Pace(), earlier)
     joint.commit(store, name, JOB, 1)
     store.sweep(name)
@@ -146,7 +147,7 @@ def test_a_cancelled_write_links_nothing(tmp_path: Path) -> None:
     store = Store.open(tmp_path / "store", create=True)
     first, _ = saved(store, FIRST, None)
     memory = Memory(tensors(2))
-    given = Contribution([0], Rows(memory.catalog, memory.read), None, {0: shared_objects(2)})
+    given = Contribution([0], Rows(memory.catalog, copying(memory.read)), None, {0: shared_objects(2)})
     with pytest.raises(StoreError, match="cancelled"):
         NodeWriter(store, SECOND, JOB, "node", 0, 1).write(given, Pace(cancelled=lambda: True), first)
     assert store.checkpoints() == [FIRST]

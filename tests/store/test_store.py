@@ -175,13 +175,13 @@ def test_an_error_while_reading_ends_all_threads(store: Store, threads: int) -> 
 
 
 def test_an_error_while_writing_ends_all_threads(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int, data: memoryview) -> int:
+    def full(descriptor: int, data: list[memoryview]) -> int:
         raise OSError(28, "No space left on device")
 
     memory = Memory({"x": ("uint8", np.random.default_rng(0).integers(0, 256, 2**25, np.uint8))}, chunk_bytes=2**20)
     attempt = store.writer(identity(1), JOB)
     with monkeypatch.context() as patch:
-        patch.setattr("os.write", full)
+        patch.setattr("os.writev", full)
         try:
             attempt.part(0).write(memory.catalog, memory.read, threads=3)
         except StoreError as error:

@@ -28,13 +28,12 @@ from ckptd.core.errors import CkptdError, StoreError
 from ckptd.core.types import SnapshotId
 from ckptd.format.commit import MAX_WRITERS, Commit, ObjectsFile, Part
 from ckptd.format.manifest import from_parquet, to_parquet
-from ckptd.plan.share import object_rows, share_objects, share_stored
+from ckptd.plan.share import View, object_rows, share_objects, share_stored
 from ckptd.plan.whole import missing, repeated
 from ckptd.tiers.store import names
 from ckptd.tiers.store.backend import Path
 from ckptd.tiers.store.journal import Journal
 from ckptd.tiers.store.parts import discard, discard_unfinished, has_data, has_manifest, settle
-from ckptd.tiers.store.pipeline import Read
 from ckptd.tiers.store.reader import StoredCheckpoint
 from ckptd.tiers.store.store import Store
 from ckptd.tiers.store.writer import CheckpointWriter, Pace, Resting
@@ -43,10 +42,10 @@ _SHOWN = 5
 
 
 class Rows(NamedTuple):
-    """Chunks, and how to read them; which of them are `resting`, that is, expected to come again unchanged."""
+    """Chunks, and where their bytes are; which of them are `resting`, that is, expected to come again unchanged."""
 
     catalog: Catalog
-    read: Read
+    view: View
     resting: npt.NDArray[np.bool_] | None = None
 
 
@@ -121,10 +120,10 @@ class NodeWriter:
         part, own, manifest = writer.part(self._writer), None, b""
         rows = given.rows
         resting = np.zeros(len(rows.catalog), np.bool_) if rows.resting is None else rows.resting
-        placed, data, kept = part.write_apart(rows.catalog, rows.read, resting, earlier, pace)
+        placed, data, kept = part.write_apart(rows.catalog, rows.view, resting, earlier, pace)
         shared = part.write_manifest(placed, data)
         if given.own is not None:
-            catalog, lengths = writer.part(self._own_writer).write_data(given.own.catalog, given.own.read, pace)
+            catalog, lengths = writer.part(self._own_writer).write_data(given.own.catalog, given.own.view, pace)
             manifest = to_parquet(catalog)
             digest = hashlib.sha256(manifest).hexdigest()
             own = Part(self._own_writer, len(catalog), len(manifest), digest, lengths)
@@ -257,12 +256,12 @@ class _Root:
             return []
         rows, content = object_rows(objects, writer=self._objects_writer)
 
-        def read(row: int, into: memoryview) -> None:
+        def view(row: int, buffer: memoryview) -> memoryview:
             start = int(rows.file_offset[row])
-            into[:] = content[start : start + len(into)]
+            return memoryview(content)[start : start + len(buffer)]
 
         part = self._writer.part(self._objects_writer)
-        return [part.write_manifest(*part.write_data(rows, read))]
+        return [part.write_manifest(*part.write_data(rows, view))]
 
     # --- whether it is one whole checkpoint
 

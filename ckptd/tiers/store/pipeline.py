@@ -1,8 +1,9 @@
 """Encoding chunks on several threads, in order, in bounded memory.
 
-Rows are read and encoded in batches of up to one chunk's bytes, so that small chunks cost no thread hand-over each.
-What is encoded next is read meanwhile, by threads that do nothing else.
-Memory: `threads` + 2 buffers of one batch, and what they compress to. Does no I/O of its own.
+Rows are opened and encoded in batches of up to one chunk's bytes, so that small chunks cost no thread hand-over each.
+What is encoded next is opened meanwhile, by threads that do nothing else: they wait for disks and networks.
+Memory: `threads` + 2 pairs of buffers of one batch, raw (used only where rows cannot be read where they are) and
+stored. Does no I/O of its own.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-from ckptd.core import native
 from ckptd.core.box import CHUNK_BYTES
 from ckptd.core.catalog import Catalog
 from ckptd.core.errors import CorruptionError, FormatError
-from ckptd.format.chunk import Stored, encode_chunk
+from ckptd.format.chunk import encode_chunk
+from ckptd.plan.share import Read, View
 from ckptd.tiers.throttle import Throttle
-
-Read = Callable[[int, memoryview], None]
 
 _BATCH_ROWS = 1024
 
@@ -30,65 +29,85 @@ class EncodedRow(NamedTuple):
 
     row: int
     codec: int
-    stored: Stored
+    stored: memoryview
+
+
+class _Buffers:
+    """Memory for one batch."""
+
+    def __init__(self) -> None:
+        self.raw, self.stored = (memoryview(mmap.mmap(-1, CHUNK_BYTES, mmap.MAP_PRIVATE)) for _ in range(2))
+
+
+def copying(read: Read) -> View:
+    """A view of rows that `read(row, into)` copies."""
+
+    def view(row: int, buffer: memoryview) -> memoryview:
+        read(row, buffer)
+        return buffer
+
+    return view
 
 
 def encoded_rows(
     catalog: Catalog,
     rows: Sequence[int],
-    read: Read,
+    view: View,
     threads: int,
     cancelled: Callable[[], bool],
     throttle: Throttle | None = None,
 ) -> Generator[EncodedRow, None, None]:
-    """The chunks of `rows`, in this order, as fast as `throttle` lets their stored bytes pass. `read(row, into)` is
-    called on any thread, for several rows at once.
+    """The chunks of `rows`, in this order, as fast as `throttle` lets their stored bytes pass.
 
-    Raises CorruptionError if what was read does not have the checksum in the catalog. Ends early if `cancelled()`.
+    Raises CorruptionError if what was encoded does not have the checksum in the catalog. Ends early if `cancelled()`.
     Closing it, early or not, waits for its threads.
     """
 
-    def filled(batch: list[int], buffer: memoryview) -> list[tuple[int, memoryview]]:
+    def opened(batch: list[int], buffers: _Buffers) -> list[tuple[int, memoryview]]:
         found, position = [], 0
         for row in batch:
             if cancelled():
                 break
-            raw = buffer[position : position + int(catalog.raw[row])]
-            position += raw.nbytes
-            read(row, raw)
-            _check(catalog, row, raw)
-            found.append((row, raw))
+            size = int(catalog.raw[row])
+            found.append((row, view(row, buffers.raw[position : position + size])))
+            position += size
         return found
 
-    def encode(reading: Future[list[tuple[int, memoryview]]]) -> list[EncodedRow]:
-        dtypes = catalog.tensors
-        return [EncodedRow(row, *encode_chunk(raw, dtypes[catalog.tensor[row]].dtype)) for row, raw in reading.result()]
+    def encode(opening: Future[list[tuple[int, memoryview]]], buffers: _Buffers) -> list[EncodedRow]:
+        found, position = [], 0
+        for row, raw in opening.result():
+            into = buffers.stored[position : position + raw.nbytes]
+            encoded = encode_chunk(raw, catalog.tensors[catalog.tensor[row]].dtype, into)
+            _check(catalog, row, encoded.crc)
+            found.append(EncodedRow(row, encoded.codec, encoded.stored))
+            position += raw.nbytes
+        return found
 
     def passing(encoded: list[EncodedRow]) -> Iterator[EncodedRow]:
         for row in encoded:
-            if throttle is not None and not throttle.admit(len(row.stored), cancelled):
+            if throttle is not None and not throttle.admit(row.stored.nbytes, cancelled):
                 return
             yield row
 
-    free = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(threads + 2)]
-    pending: deque[tuple[Future[list[EncodedRow]], memoryview]] = deque()
-    readers = ThreadPoolExecutor(len(free), thread_name_prefix="ckptd-read")
+    free = [_Buffers() for _ in range(threads + 2)]
+    pending: deque[tuple[Future[list[EncodedRow]], _Buffers]] = deque()
+    openers = ThreadPoolExecutor(len(free), thread_name_prefix="ckptd-read")
     encoders = ThreadPoolExecutor(threads, thread_name_prefix="ckptd-encode")
     try:
         for batch in _batches(catalog, rows):
             if not free:
-                future, buffer = pending.popleft()
+                future, buffers = pending.popleft()
                 yield from passing(future.result())
-                free.append(buffer)
+                free.append(buffers)
             if cancelled():
                 return
-            buffer = free.pop()
-            pending.append((encoders.submit(encode, readers.submit(filled, batch, buffer)), buffer))
+            buffers = free.pop()
+            pending.append((encoders.submit(encode, openers.submit(opened, batch, buffers), buffers), buffers))
         for future, _ in pending:
             yield from passing(future.result())
     finally:
         encoders.shutdown(wait=False, cancel_futures=True)
-        readers.shutdown(wait=True)  # not cancelled: an encoder may wait for what is read
+        openers.shutdown(wait=True)  # not cancelled: an encoder may wait for what is opened
         encoders.shutdown(wait=True)
 
 
@@ -108,8 +127,8 @@ def _batches(catalog: Catalog, rows: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-def _check(catalog: Catalog, row: int, raw: memoryview) -> None:
-    found, expected = native.crc32c(raw), int(catalog.crc[row])
+def _check(catalog: Catalog, row: int, found: int) -> None:
+    expected = int(catalog.crc[row])
     if found != expected:
         raise CorruptionError(
             f"{_name(catalog, row)}: captured with CRC32C {expected:08x}, read back with {found:08x}; "

@@ -16,10 +16,13 @@ import stat
 from collections.abc import Iterator
 
 from ckptd.core.errors import CorruptionError, FormatError, NotFoundError, StoreError
+from ckptd.core.native import address_of
 from ckptd.tiers.store.backend import Entry, Path
 
 BLOCK_BYTES = 4096
 STAGING_BYTES = 8 * 1024 * 1024
+UNSTAGED_BYTES = 256 * 1024
+"""Longer pieces are not copied."""
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -126,7 +129,8 @@ class PosixDisk:
 
 class PosixOutput:
     """See `OutputFile`. Between writes, `_staged` bytes wait in the staging buffer; what is on disk before them is a
-    whole number of blocks."""
+    whole number of blocks. Whole blocks of large pieces that lie at the start of a page are written from where they
+    are."""
 
     def __init__(self, descriptor: int, path: str, large: bool) -> None:
         self._descriptor = descriptor
@@ -141,6 +145,10 @@ class PosixOutput:
         with self._failing("write"):
             view = memoryview(data).cast("B")
             self._length += len(view)
+            if len(view) >= UNSTAGED_BYTES and self._staged % BLOCK_BYTES == 0 and address_of(view) % BLOCK_BYTES == 0:
+                whole = len(view) // BLOCK_BYTES * BLOCK_BYTES
+                self._flush(self._staged, view[:whole])
+                view = view[whole:]
             while view:
                 room = len(self._staging) - self._staged
                 taken = min(room, len(view))
@@ -152,9 +160,10 @@ class PosixOutput:
 
     def sync(self) -> None:
         with self._failing("sync"):
+            cut = self._direct
             if self._staged:
                 self._flush(self._padded())
-            if self._direct:
+            if cut:
                 os.ftruncate(self._descriptor, self._length)
             os.fsync(self._descriptor)
 
@@ -171,19 +180,24 @@ class PosixOutput:
         self._staging[self._staged : padded] = bytes(padded - self._staged)
         return padded
 
-    def _flush(self, count: int) -> None:
+    def _flush(self, count: int, following: memoryview | None = None) -> None:
+        """Writes the first bytes of the staging buffer, and whole blocks that follow them."""
         with memoryview(self._staging) as staging:
-            written = 0
-            while written < count:
+            left = [staging[:count], memoryview(b"") if following is None else following]
+            while left:
                 try:
-                    written += os.write(self._descriptor, staging[written:count])
+                    written = os.writev(self._descriptor, left)
                 except OSError as error:
                     # Some file systems accept the flag and refuse the write; a short write may end off a block.
                     if error.errno != errno.EINVAL or not self._direct:
                         raise
                     _set_direct(self._descriptor, False)
                     self._direct = False
-                    count = min(count, self._staged)
+                    continue
+                while left and written >= len(left[0]):
+                    written -= len(left.pop(0))
+                if left:
+                    left[0] = left[0][written:]
         self._staged = 0
 
     @contextlib.contextmanager

@@ -238,15 +238,11 @@ class StoredCheckpoint:
 
     def _decode(self, catalog: Catalog, row: int, stored: memoryview, target: memoryview) -> None:
         """Decodes what is stored for a row, and verifies it."""
-        codec = int(catalog.codec[row])
-        if codec == RAW:
-            self._check(catalog, row, native.copy_bytes(native.address_of(stored), target))
-            return
         try:
-            decode_chunk(codec, stored, catalog.tensors[catalog.tensor[row]].dtype, target)
+            found = decode_chunk(int(catalog.codec[row]), stored, catalog.tensors[catalog.tensor[row]].dtype, target)
         except FormatError as error:
             raise CorruptionError(f"{self._described(catalog, row)}: {error}") from None
-        self._check(catalog, row, native.crc32c(target))
+        self._check(catalog, row, found)
 
     def _check(self, catalog: Catalog, row: int, found: int) -> None:
         expected = int(catalog.crc[row])

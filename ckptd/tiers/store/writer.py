@@ -23,10 +23,11 @@ from ckptd.format.layout import FILE_BYTES, LARGE_ALIGNMENT, aligned
 from ckptd.format.manifest import to_parquet
 from ckptd.format.objects import pack_table
 from ckptd.format.table import encode_table
+from ckptd.plan.share import Read, View
 from ckptd.tiers.store import names
 from ckptd.tiers.store.backend import BackEnd, OutputFile, Path
 from ckptd.tiers.store.parts import settle
-from ckptd.tiers.store.pipeline import Read, encoded_rows
+from ckptd.tiers.store.pipeline import copying, encoded_rows
 from ckptd.tiers.throttle import Throttle
 
 _PADDING = bytes(LARGE_ALIGNMENT)
@@ -156,21 +157,21 @@ class PartWriter:
         `read(row, into)` fills `into` with a row's raw bytes; it is called on `threads` threads. Rows that share a
         place are stored once. Raises StoreError (disk, cancelled) and CorruptionError (checksum of what was read).
         """
-        part = self.write_manifest(*self.write_data(catalog, read, Pace(threads, cancelled)))
+        part = self.write_manifest(*self.write_data(catalog, copying(read), Pace(threads, cancelled)))
         with self._attempt():
             settle(self._back_end, self._directory)
         return part
 
-    def write_data(self, catalog: Catalog, read: Read, pace: Pace = _AT_ONCE) -> tuple[Catalog, list[int]]:
+    def write_data(self, catalog: Catalog, view: View, pace: Pace = _AT_ONCE) -> tuple[Catalog, list[int]]:
         """The first half of `write`: the data files, durable after `parts.settle`. For `write_manifest`: the rows with
         the places that they have now, and the lengths of the files."""
-        placed, lengths, _ = self.write_apart(catalog, read, np.zeros(len(catalog), np.bool_), None, pace)
+        placed, lengths, _ = self.write_apart(catalog, view, np.zeros(len(catalog), np.bool_), None, pace)
         return placed, lengths
 
     def write_apart(
         self,
         catalog: Catalog,
-        read: Read,
+        view: View,
         resting: npt.NDArray[np.bool_],
         earlier: Resting | None,
         pace: Pace = _AT_ONCE,
@@ -183,7 +184,7 @@ class PartWriter:
             data = _DataFiles(self._back_end, self._directory, self._writer)
             columns = {name: np.zeros(len(catalog), kind) for name, kind in _PLACE.items()}
             with contextlib.closing(data):
-                self._encode(catalog, moving, read, pace, data, columns)
+                self._encode(catalog, moving, view, pace, data, columns)
                 first, kept = len(data.lengths), None
                 if len(still):
                     identity = _identity(catalog.select(still))
@@ -192,7 +193,7 @@ class PartWriter:
                             columns[name][still] = column
                         columns["file"][still] += first
                     else:
-                        self._encode(catalog, still, read, pace, data, columns)
+                        self._encode(catalog, still, view, pace, data, columns)
                     places = {name: column[still] for name, column in columns.items()}
                     places["file"] = places["file"] - first
                     kept = Resting(identity, self._directory, self._writer, first, data.lengths[first:], places)
@@ -203,18 +204,18 @@ class PartWriter:
         self,
         catalog: Catalog,
         rows: npt.NDArray[np.int64],
-        read: Read,
+        view: View,
         pace: Pace,
         data: _DataFiles,
         columns: Mapping[str, npt.NDArray[Any]],
     ) -> None:
         """Writes rows into new files, and notes their places."""
         written = 0
-        encoded = encoded_rows(catalog, rows.tolist(), read, pace.threads, pace.cancelled, pace.throttle)
+        encoded = encoded_rows(catalog, rows.tolist(), view, pace.threads, pace.cancelled, pace.throttle)
         with contextlib.closing(encoded):
             for row, codec, stored in encoded:
                 columns["file"][row], columns["file_offset"][row] = data.append(stored)
-                columns["stored"][row], columns["codec"][row] = len(stored), codec
+                columns["stored"][row], columns["codec"][row] = stored.nbytes, codec
                 written += 1
         if written != len(rows):
             raise StoreError(f"{self._back_end.describe((self._directory,))}: writing was cancelled")
@@ -238,7 +239,7 @@ class _DataFiles:
         self._writer = writer
         self._file: OutputFile | None = None
 
-    def append(self, stored: bytes | memoryview) -> tuple[int, int]:
+    def append(self, stored: memoryview) -> tuple[int, int]:
         """Writes one chunk; returns (file, file_offset)."""
         start = aligned(self.lengths[-1], len(stored)) if self._file is not None else 0
         if self._file is not None and start + len(stored) > FILE_BYTES:
