@@ -209,8 +209,6 @@ class _Attempt:
         self._removal = weakref.finalize(owner, _clean, self.store, self.writer, os.getpid())
         try:
             self.store.leave_token(self.id.epoch.nonce)
-            if not self.store.has_token(self.id.epoch.nonce):
-                raise StoreError(f"{self.store.uri}: a file that was just written cannot be read back")
         except BaseException:
             self.close()
             raise
