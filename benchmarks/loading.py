@@ -55,6 +55,7 @@ def _layout(name: str, ranks: int) -> str:
 CHANGES = (
     Change(FSDP2, 2, FSDP2, 4),
     Change(FSDP2, 4, FSDP2, 2),
+    Change(SINGLE, 1, SINGLE, 1),
     Change(SINGLE, 1, DDP, 2, goal=False),
 )
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from ckptd.core.catalog import ALL_RANKS, Catalog
 from ckptd.core.config import node_name
-from ckptd.core.errors import CkptdError, NotFoundError, StoreError
+from ckptd.core.errors import CkptdError, CorruptionError, NotFoundError, StoreError
 from ckptd.core.types import Epoch, SnapshotId
 from ckptd.daemon.priority import FLUSHING, give_way
 from ckptd.observe.trace import Trace
@@ -134,7 +134,10 @@ class Stores:
             spanning = self._trace.spanning("write", step=snapshot.step, bytes=progress.total_bytes)
             with self._attempt(store, snapshot, alone=parts == 1), spanning:
                 pace = Pace(_workers(), lambda: self._is_cancelled(snapshot), self._throttle)
-                self._resting[store] = writer.write(given, pace, self._resting.get(store))
+                try:
+                    self._resting[store] = writer.write(given, pace, self._resting.get(store))
+                except CorruptionError as error:
+                    raise CorruptionError(f"{snapshot}: {error}") from None
 
     def commit(
         self, snapshot: SnapshotId, store: str, parts: int, keep: int | None = None, epoch: Epoch | None = None

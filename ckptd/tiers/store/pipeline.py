@@ -57,7 +57,8 @@ def encoded_rows(
     cancelled: Callable[[], bool],
     throttle: Throttle | None = None,
 ) -> Generator[EncodedRow, None, None]:
-    """The chunks of `rows`, in this order, as fast as `throttle` lets their stored bytes pass.
+    """The chunks of `rows`, in this order, as fast as `throttle` lets their stored bytes pass; `writer` of `catalog` is
+    the rank that captured each.
 
     Raises CorruptionError if what was encoded does not have the checksum in the catalog. Ends early if `cancelled()`.
     Closing it, early or not, waits for its threads.
@@ -137,4 +138,4 @@ def _check(catalog: Catalog, row: int, found: int) -> None:
 
 
 def _name(catalog: Catalog, row: int) -> str:
-    return f"tensor {catalog.tensors[catalog.tensor[row]].key!r}, {catalog.box(row)}"
+    return f"tensor {catalog.tensors[catalog.tensor[row]].key!r}, {catalog.box(row)} of rank {catalog.writer[row]}"
