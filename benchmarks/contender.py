@@ -189,6 +189,7 @@ CONTENDERS = {
     "memcpy": Entry("benchmarks.contender", "Memcpy"),
     "ckptd": Entry("benchmarks.ours", "Ckptd"),
     "ckptd, memory only": Entry("benchmarks.ours", "CkptdMemory"),
+    "ckptd, on disk only": Entry("benchmarks.ours", "CkptdDisk"),
     "ckptd, protected": Entry("benchmarks.ours", "CkptdProtected", apart=True),
     "torch.save": Entry("benchmarks.peers.torch_save", "TorchSave"),
     "dcp.save": Entry("benchmarks.peers.dcp", "DcpSave"),

@@ -32,7 +32,7 @@ class Ckptd(Contender):
             self._state,
             self._store,
             job=str(self.directory),
-            snapshot_every=1,
+            snapshot_every=1 if self.snapshots else self.flush_every,
             flush_every=self.flush_every,
             keep=1,
             resume=resume,
@@ -80,6 +80,12 @@ class Ckptd(Contender):
 
     def close(self) -> None:
         self._checkpointer.__exit__(None, None, None)
+
+
+class CkptdDisk(Ckptd):
+    """Of those steps alone that become durable: what ways of saving to disk are asked for."""
+
+    snapshots = False
 
 
 class CkptdProtected(Ckptd):

@@ -18,7 +18,7 @@ def trial(directory: Path, contender: str) -> Trial:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("contender", "ranks"), [("torch.save", 2), ("ckptd", 1)])
+@pytest.mark.parametrize(("contender", "ranks"), [("torch.save", 2), ("ckptd", 1), ("ckptd, on disk only", 1)])
 def test_a_trial_measures_and_cleans_up(tmp_path: Path, contender: str, ranks: int) -> None:
     outcome = run_trial(trial(tmp_path / "trial", contender), ranks, 120, tmp_path / "environments")
     assert len(outcome.ranks) == ranks
