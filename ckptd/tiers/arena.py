@@ -11,8 +11,8 @@ A slot is one memfd of one rank with room for one snapshot of that rank, and des
 What never changes (frozen tensors) lies once in a region that the slots of a rank share: one more memfd of the same
 form, whose `identity` - of its table and its checksums - is part of the layout digest of each of them.
 
-The trainer writes, the daemon and other readers only read, by descriptor; they copy bytes out first and verify the
-copy. Sealed against shrinking and growing, so that a reader never meets SIGBUS.
+The trainer writes, the daemon and other readers only read, by descriptor; what they verify is what they took, copied
+out or on its way into a file. Sealed against shrinking and growing, so that a reader never meets SIGBUS.
 The ledger is one more memfd, written by the daemon alone: its NodeState, twice, in turn.
 """
 
