@@ -313,10 +313,10 @@ NB_MODULE(_native, module) {
     module.def("helpers_cpu_s", &helpers_cpu_seconds);
     module.def("copy_bytes", &copy_bytes, "source_address"_a, "target"_a, "crc"_a = true);
     module.def("address_of", &address_of, "buffer"_a);
-    module.def("byteplanes_split", &split_planes, "source"_a, "planes"_a, "itemsize"_a, nb::kw_only(),
-               "blocks"_a = nb::none(), "leading"_a = 0, "block"_a = 0, "gap"_a = 0);
-    module.def("byteplanes_join", &join_planes, "planes"_a, "target"_a, "itemsize"_a, nb::kw_only(),
-               "blocks"_a = nb::none(), "leading"_a = 0, "block"_a = 0, "gap"_a = 0);
+    module.def("byteplanes_split", &split_planes, "source"_a, "planes"_a, "itemsize"_a, "blocks"_a = nb::none(),
+               "leading"_a = 0, "block"_a = 0, "gap"_a = 0);
+    module.def("byteplanes_join", &join_planes, "planes"_a, "target"_a, "itemsize"_a, "blocks"_a = nb::none(),
+               "leading"_a = 0, "block"_a = 0, "gap"_a = 0);
     module.def("erasure_encode", &erasure_encode, "sources"_a.noconvert(), "sizes"_a.noconvert(),
                "targets"_a.noconvert(), "lengths"_a.noconvert(), nb::kw_only(), "crc"_a.noconvert() = nb::none(),
                "threads"_a = 1, "portable"_a = false);

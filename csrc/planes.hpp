@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "byteplanes.hpp"
 #include "transpose.hpp"
@@ -50,37 +51,20 @@ std::size_t join_vectors(const Places& at, std::byte* target, std::size_t items)
     return end;
 }
 
-template <std::size_t bytes>
-std::size_t split_most(const std::byte* source, const Places& at, std::size_t items, std::size_t itemsize) {
+// Calls work(planes) with a constant where there are vectors for so many; how many items it took.
+template <typename Work>
+std::size_t with_vectors(std::size_t itemsize, const Work& work) {
     switch (itemsize) {
         case 1:
-            return split_vectors<1, bytes>(source, at, items);
+            return work(std::integral_constant<std::size_t, 1>());
         case 2:
-            return split_vectors<2, bytes>(source, at, items);
+            return work(std::integral_constant<std::size_t, 2>());
         case 4:
-            return split_vectors<4, bytes>(source, at, items);
+            return work(std::integral_constant<std::size_t, 4>());
         case 8:
-            return split_vectors<8, bytes>(source, at, items);
+            return work(std::integral_constant<std::size_t, 8>());
         case 16:
-            return split_vectors<16, bytes>(source, at, items);
-        default:
-            return 0;
-    }
-}
-
-template <std::size_t bytes>
-std::size_t join_most(const Places& at, std::byte* target, std::size_t items, std::size_t itemsize) {
-    switch (itemsize) {
-        case 1:
-            return join_vectors<1, bytes>(at, target, items);
-        case 2:
-            return join_vectors<2, bytes>(at, target, items);
-        case 4:
-            return join_vectors<4, bytes>(at, target, items);
-        case 8:
-            return join_vectors<8, bytes>(at, target, items);
-        case 16:
-            return join_vectors<16, bytes>(at, target, items);
+            return work(std::integral_constant<std::size_t, 16>());
         default:
             return 0;
     }
@@ -88,14 +72,18 @@ std::size_t join_most(const Places& at, std::byte* target, std::size_t items, st
 
 template <std::size_t bytes>
 void split_piece(const std::byte* source, const Places& at, std::size_t items, std::size_t itemsize) {
-    for (std::size_t item = split_most<bytes>(source, at, items, itemsize); item < items; ++item) {
+    const std::size_t taken = with_vectors(
+        itemsize, [&](auto planes) { return split_vectors<decltype(planes)::value, bytes>(source, at, items); });
+    for (std::size_t item = taken; item < items; ++item) {
         for (std::size_t plane = 0; plane < itemsize; ++plane) at[plane][item] = source[item * itemsize + plane];
     }
 }
 
 template <std::size_t bytes>
 void join_piece(const Places& at, std::byte* target, std::size_t items, std::size_t itemsize) {
-    for (std::size_t item = join_most<bytes>(at, target, items, itemsize); item < items; ++item) {
+    const std::size_t taken = with_vectors(
+        itemsize, [&](auto planes) { return join_vectors<decltype(planes)::value, bytes>(at, target, items); });
+    for (std::size_t item = taken; item < items; ++item) {
         for (std::size_t plane = 0; plane < itemsize; ++plane) target[item * itemsize + plane] = at[plane][item];
     }
 }

@@ -142,18 +142,12 @@ def byteplanes_split(source: BufferLike, planes: BufferLike, itemsize: int, bloc
     All are contiguous, of exactly the bytes needed, and do not overlap; ValueError for other lengths and for an
     `itemsize` that is not 1 to 64.
     """
-    if blocks is None:
-        return _native.byteplanes_split(source, planes, itemsize)
-    memory, leading, block, gap = blocks
-    return _native.byteplanes_split(source, planes, itemsize, blocks=memory, leading=leading, block=block, gap=gap)
+    return _native.byteplanes_split(source, planes, itemsize, *(blocks or ()))
 
 
 def byteplanes_join(planes: BufferLike, target: BufferLike, itemsize: int, blocks: Blocks | None = None) -> int:
     """The inverse of `byteplanes_split`; returns the CRC-32C of `target`."""
-    if blocks is None:
-        return _native.byteplanes_join(planes, target, itemsize)
-    memory, leading, block, gap = blocks
-    return _native.byteplanes_join(planes, target, itemsize, blocks=memory, leading=leading, block=block, gap=gap)
+    return _native.byteplanes_join(planes, target, itemsize, *(blocks or ()))
 
 
 def erasure_encode(
