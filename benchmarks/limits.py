@@ -206,9 +206,7 @@ def flush(state_bytes: int, rounds: int, threads: int, folder: Path) -> Iterator
     def codec() -> None:
         """The chunks, compressed and thrown away."""
         catalog = captured.jobs.catalog
-        memory = memoryview((ctypes.c_char * captured.slot.geometry.data_bytes).from_address(captured.address)).cast(
-            "B"
-        )
+        memory = captured.memory()
         local = threading.local()
 
         def encode(row: int) -> None:

@@ -26,11 +26,11 @@ LONG = 1
 
 @pytest.mark.parametrize("code", CODES)
 def test_every_loss(hosts: Hosts, code: str) -> None:
-    """SIGKILL to the daemons and keepers of each set of up to m nodes in turn (of 4+2: of m). Then m + 1 nodes stay
-    away: nobody is let in, and nothing of what the others hold is touched by that."""
+    """SIGKILL to the daemons and keepers of each set of up to m nodes in turn. Then m + 1 nodes stay away: nobody is
+    let in, and nothing of what the others hold is touched by that."""
     nodes, parity = CODES[code]
     here = hosts.make(nodes)
-    subsets = list(_subsets(nodes, range(1 if nodes < 6 else parity, parity + 1)))
+    subsets = list(_subsets(nodes, range(1, parity + 1)))
     long = (nodes - parity - 1) * PIECE_BYTES + PIECE_BYTES // 4
     sizes = [*[SHORT] * (len(subsets) - LONG), *[long] * LONG][-len(subsets) :]
     crew = Crew.enter(here, redundancy=code, string_bytes=sizes[0])
